@@ -1,0 +1,277 @@
+"""The request document `v1`: one description of a run for the CLI, the API and all engines.
+
+Names follow HF, TRL, PEFT and DeepSpeed. Everything but `model` has a default. A value that the
+field knows but this version cannot answer is refused by name in `resolve.py`, not here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Annotated, Any, Final, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from estimator.errors import InvalidRequestError, MalformedDocumentError
+
+MAX_REQUEST_BYTES: Final = 1024 * 1024
+MAX_MICRO_BATCH_SIZE: Final = 65_536
+MAX_SEQ_LEN: Final = 16_777_216
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
+
+
+class Section(BaseModel):
+    """A part of the request: frozen, strict, and closed to unknown fields."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class InlineModel(Section):
+    """A model given by its own configuration instead of a name."""
+
+    config: dict[str, Any]
+
+
+class Full(Section):
+    """Train every parameter."""
+
+    name: Literal["full"] = "full"
+
+
+class Lora(Section):
+    """Train low-rank adapters beside frozen linear layers (PEFT's LoraConfig)."""
+
+    name: Literal["lora"] = "lora"
+    r: Annotated[int, Field(ge=1, le=65_536)] = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Union[Literal["all-linear"], tuple[str, ...]] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    bias: Literal["none", "all", "lora_only"] = "none"
+    adapter_dtype: Literal["float32", "base"] = "float32"
+
+
+Method = Annotated[Union[Full, Lora], Field(discriminator="name")]
+
+
+class Quantization(Section):
+    """How the frozen base weights are stored (bitsandbytes' 4-bit linear layers)."""
+
+    name: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    prepare_kbit: bool = True
+
+
+class Optimizer(Section):
+    """The optimizer, spelled as torch and bitsandbytes spell it."""
+
+    name: str = "adamw"
+    implementation: Literal["foreach", "fused", "single"] | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    in_backward: bool = False
+
+
+class Loop(Section):
+    """What the training loop keeps alive; the defaults are those of the Trainer."""
+
+    keep_outputs: bool = False
+    use_cache: bool = False
+    set_to_none: bool = True
+
+
+class CpuOffload(Section):
+    """What is kept in host memory between its uses."""
+
+    params: bool = False
+    optimizer: bool = False
+
+
+class Parallelism(Section):
+    """How the work is divided over GPUs; the degrees multiply to the number of GPUs."""
+
+    strategy: Literal["none", "ddp", "fsdp", "zero"] = "none"
+    dp_replicate: Count = 1
+    dp_shard: Count = 1
+    tp: Count = 1
+    sequence_parallel: bool = False
+    cp: Count = 1
+    pp: Count = 1
+    ep: Count = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: CpuOffload = CpuOffload()
+
+
+class Hardware(Section):
+    """The GPU that the answer is judged against."""
+
+    gpu: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    num_gpus: Count = 1
+    memory_bytes: Annotated[int, Field(ge=1, le=2**60)] | None = None
+    reserved_by_others_bytes: SizeBytes = 0
+    host_memory_bytes: SizeBytes | None = None
+
+
+class Software(Section):
+    """The training stack; bytes depend on it."""
+
+    framework: Literal["transformers"] = "transformers"
+    version: Literal["5", "4"] = "5"
+
+
+class EstimateRequest(Section):
+    """One fine-tuning run on one kind of GPU."""
+
+    model: Union[Annotated[str, Field(min_length=1, max_length=512)], InlineModel]
+    task: Literal[
+        "sft", "pretrain", "dpo", "reward", "grpo", "ppo", "classification", "embedding"
+    ] = "sft"
+    method: Method = Full()
+    quantization: Quantization | None = None
+    precision: Literal["fp32", "bf16", "fp16", "master_bf16", "amp_bf16", "amp_fp16"] = "bf16"
+    autocast: Literal["bf16", "fp16"] | None = None
+    optimizer: Optimizer = Optimizer()
+    micro_batch_size: Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] = 1
+    seq_len: Annotated[int, Field(ge=1, le=MAX_SEQ_LEN)] = 2048
+    gradient_accumulation_steps: Count = 1
+    padding: bool = False
+    packing: bool = False
+    activation_checkpointing: Annotated[str, Field(min_length=1, max_length=40)] = "none"
+    attention: Literal[
+        "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "sdpa"
+    loss: Literal["standard", "chunked", "fused_linear", "cut_cross_entropy", "vocab_parallel"] = (
+        "standard"
+    )
+    kernels: tuple[str, ...] = ()
+    loop: Loop = Loop()
+    parallelism: Parallelism = Parallelism()
+    hardware: Hardware = Hardware()
+    software: Software = Software()
+    confidence: Annotated[float, Field(ge=0.5, le=0.9999)] = 0.95
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_short_forms(cls, value: Any) -> Any:
+        """Accept the one-word spellings that HF users know, and write them out."""
+        return expand_short_forms(value) if isinstance(value, dict) else value
+
+
+# HF's `TrainingArguments.optim` names, and what each is in our words.
+OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
+    "adamw_torch": {"name": "adamw", "implementation": "foreach"},
+    "adamw_torch_fused": {"name": "adamw", "implementation": "fused"},
+    "adamw_bnb_8bit": {"name": "adamw_8bit"},
+    "adamw8bit": {"name": "adamw_8bit"},
+    "paged_adamw8bit": {"name": "paged_adamw_8bit"},
+    "sgd_momentum": {"name": "sgd", "momentum": 0.9},
+}
+
+_SHORT: Final[dict[str, str]] = {
+    "method": "name",
+    "quantization": "name",
+    "optimizer": "name",
+    "parallelism": "strategy",
+    "hardware": "gpu",
+    "software": "framework",
+}
+
+
+def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
+    """Write out `"method": "qlora"`, `"optimizer": "adamw_torch_fused"` and their like.
+
+    `gradient_checkpointing` and `recompute` are accepted for `activation_checkpointing`.
+
+    Example:
+        >>> expand_short_forms({"model": "gpt2", "optimizer": "adamw_torch"})["optimizer"]
+        {'name': 'adamw', 'implementation': 'foreach'}
+    """
+    out = dict(value)
+    for field, key in _SHORT.items():
+        if isinstance(out.get(field), str):
+            out[field] = {key: out[field]}
+    method = out.get("method")
+    if isinstance(method, dict) and method.get("name") == "qlora":
+        out["method"] = {**method, "name": "lora"}
+        if out.get("quantization") is None:
+            out["quantization"] = {"name": "nf4"}
+    optimizer = out.get("optimizer")
+    if isinstance(optimizer, dict) and isinstance(optimizer.get("name"), str):
+        name = optimizer["name"].lower()
+        rest = {key: item for key, item in optimizer.items() if key != "name"}
+        out["optimizer"] = {**OPTIM_ALIASES.get(name, {"name": name}), **rest}
+    for alias in ("gradient_checkpointing", "recompute"):
+        if alias in out and "activation_checkpointing" not in out:
+            given = out.pop(alias)
+            out["activation_checkpointing"] = {True: "full", False: "none"}.get(given, given)
+    return out
+
+
+def parse_request(document: str | bytes | dict[str, Any]) -> EstimateRequest:
+    """Read a request document.
+
+    Args:
+        document: JSON text, or the dictionary it would hold.
+
+    Raises:
+        MalformedDocumentError: not JSON, or too large.
+        InvalidRequestError: a field is unknown, missing, of the wrong type or out of range.
+
+    Example:
+        >>> parse_request({"model": "gpt2"}).seq_len
+        2048
+    """
+    if isinstance(document, dict):
+        try:
+            document = json.dumps(document)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise MalformedDocumentError(f"the request is not JSON: {error}") from None
+    if len(document) > MAX_REQUEST_BYTES:
+        raise MalformedDocumentError(
+            f"the request is larger than {MAX_REQUEST_BYTES} bytes; send one run at a time"
+        )
+    try:
+        return EstimateRequest.model_validate_json(document)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> InvalidRequestError | MalformedDocumentError:
+    problems = error.errors(include_url=False, include_input=True)
+    if problems[0]["type"] == "json_invalid":
+        reason = problems[0]["ctx"]["error"] if "ctx" in problems[0] else problems[0]["msg"]
+        return MalformedDocumentError(f"the request is not JSON: {reason}")
+    found = tuple((_pointer(problem["loc"]), _detail(problem)) for problem in problems)
+    message = "; ".join(f"{pointer.strip('/') or 'request'}: {detail}" for pointer, detail in found)
+    return InvalidRequestError(message, found)
+
+
+def _pointer(loc: tuple[int | str, ...]) -> str:
+    """Return the JSON pointer of a place, without pydantic's names for union members."""
+    internal = {"str", "InlineModel", "full", "lora", "tuple[str, ...]", "literal['all-linear']"}
+    return "".join(f"/{part}" for part in loc if part not in internal)
+
+
+def _detail(problem: Any) -> str:
+    if problem["type"] != "extra_forbidden":
+        shown = repr(problem["input"])
+        given = "" if len(shown) > 60 or problem["type"] == "missing" else f" (given {shown})"
+        return f"{problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
+    name = str(problem["loc"][-1])
+    close = difflib.get_close_matches(name, sorted(known_fields()), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "; see `estimate --help` for the fields"
+    return f"unknown field {name!r}{hint}"
+
+
+def known_fields() -> set[str]:
+    """Return the name of every field of the request, at any depth."""
+    sections: list[type[BaseModel]] = [
+        EstimateRequest, Lora, Quantization, Optimizer, Loop, Parallelism, Hardware, Software,
+        CpuOffload,
+    ]  # fmt: skip
+    return {name for section in sections for name in section.model_fields}

@@ -1,0 +1,152 @@
+"""The result document `estimate/v1`: what every engine answers, through every door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
+Engine = Literal["analytic", "dry-run", "measurement"]
+Component = Literal[
+    "weights", "gradients", "optimizer_states", "activations", "buffers", "workspace", "runtime"
+]
+COMPONENTS: tuple[Component, ...] = (
+    "weights", "gradients", "optimizer_states", "activations", "buffers", "workspace", "runtime",
+)  # fmt: skip
+Basis = Literal["formula", "measured", "assumed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A prediction: low <= expected <= high [bytes]."""
+
+    low: int
+    expected: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRow:
+    """One kind of tensor that is alive at the peak.
+
+    Args:
+        name: what it is, with its place in the model.
+        site: where in the step it lives: embeddings, layer, final_norm, head, loss, optimizer,
+            process.
+        count: how many such tensors are alive.
+        bytes: all of them together [bytes].
+        formula: the formula with this request's numbers in it.
+        source: the key and the place that justify it.
+        basis: formula, measured or assumed.
+    """
+
+    name: str
+    site: str
+    count: int
+    bytes: int
+    formula: str
+    source: str
+    basis: Basis
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentRows:
+    """One component of the peak and its rows, largest first; `bytes` is their sum."""
+
+    component: Component
+    bytes: int
+    rows: tuple[ResultRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MomentBytes:
+    """Allocated bytes of each component at one moment of the step, block rounding included."""
+
+    moment: str
+    bytes: int
+    components: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerUp:
+    """The second highest moment and how far it lies below the peak [bytes]."""
+
+    moment: str
+    gap_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The highest moment of the step, in the four quantities that are never mixed."""
+
+    moment: str
+    runner_up: RunnerUp | None
+    allocated_bytes: Range
+    reserved_bytes: Range
+    device_used_bytes: Range
+    host_bytes: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the driver really offers to this process [bytes]; None without a GPU in the request."""
+
+    gpu: str | None
+    usable_bytes: int | None
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Parameter counts; tied tensors are counted once."""
+
+    total: int
+    trainable: int
+    active: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The inverse answers: the largest run that still fits, and the smallest card that would do.
+
+    A size is None without a GPU to judge by; 0 says that not even 1 fits.
+    """
+
+    max_micro_batch_size: int | None
+    max_seq_len: int | None
+    smallest_gpu: str | None
+    min_gpus: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A change of the request that saves memory, with its price and what the verdict becomes."""
+
+    change: dict[str, Any]
+    summary: str
+    saves_bytes: int
+    cost: Literal["none", "slower", "changes training"]
+    verdict_after: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The whole answer to one request."""
+
+    schema: Literal["estimate/v1"]
+    engine: Engine
+    model: str
+    verdict: Verdict
+    message: str
+    peak: Peak
+    capacity: Capacity
+    breakdown: tuple[ComponentRows, ...]
+    timeline: tuple[MomentBytes, ...]
+    parameters: Parameters
+    limits: Limits
+    suggestions: tuple[Suggestion, ...]
+    request: dict[str, Any]
+    assumptions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    not_modelled: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The web page and the JSON API; they parse, call the estimator, and render."""
