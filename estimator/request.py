@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Any, Final, Literal, Union
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +20,8 @@ MAX_SEQ_LEN: Final = 16_777_216
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
+# The sections are strict, and a JSON array reaches them as a list: only the container is lax.
+Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class Section(BaseModel):
@@ -49,13 +51,13 @@ class Lora(Section):
     r: Annotated[int, Field(ge=1, le=65_536)] = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Union[Literal["all-linear"], tuple[str, ...]] = "all-linear"
-    modules_to_save: tuple[str, ...] = ()
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    modules_to_save: Names = ()
     bias: Literal["none", "all", "lora_only"] = "none"
     adapter_dtype: Literal["float32", "base"] = "float32"
 
 
-Method = Annotated[Union[Full, Lora], Field(discriminator="name")]
+Method = Annotated[Full | Lora, Field(discriminator="name")]
 
 
 class Quantization(Section):
@@ -127,7 +129,7 @@ class Software(Section):
 class EstimateRequest(Section):
     """One fine-tuning run on one kind of GPU."""
 
-    model: Union[Annotated[str, Field(min_length=1, max_length=512)], InlineModel]
+    model: Annotated[str, Field(min_length=1, max_length=512)] | InlineModel
     task: Literal[
         "sft", "pretrain", "dpo", "reward", "grpo", "ppo", "classification", "embedding"
     ] = "sft"
@@ -148,7 +150,7 @@ class EstimateRequest(Section):
     loss: Literal["standard", "chunked", "fused_linear", "cut_cross_entropy", "vocab_parallel"] = (
         "standard"
     )
-    kernels: tuple[str, ...] = ()
+    kernels: Names = ()
     loop: Loop = Loop()
     parallelism: Parallelism = Parallelism()
     hardware: Hardware = Hardware()
@@ -172,7 +174,14 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "sgd_momentum": {"name": "sgd", "momentum": 0.9},
 }
 
-_SHORT: Final[dict[str, str]] = {
+# Methods that say more than their name: the method and the quantization that each is.
+METHOD_ALIASES: Final[dict[str, tuple[str, str]]] = {"qlora": ("lora", "nf4")}
+
+# Other spellings of `activation_checkpointing`; a boolean means full or none.
+CHECKPOINTING_ALIASES: Final = ("gradient_checkpointing", "recompute")
+
+# Sections that may be given as one word, and the field that the word fills.
+SHORT_FORMS: Final[dict[str, str]] = {
     "method": "name",
     "quantization": "name",
     "optimizer": "name",
@@ -192,23 +201,27 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
         {'name': 'adamw', 'implementation': 'foreach'}
     """
     out = dict(value)
-    for field, key in _SHORT.items():
+    for field, key in SHORT_FORMS.items():
         if isinstance(out.get(field), str):
             out[field] = {key: out[field]}
     method = out.get("method")
-    if isinstance(method, dict) and method.get("name") == "qlora":
-        out["method"] = {**method, "name": "lora"}
+    alias = method.get("name") if isinstance(method, dict) else None
+    if isinstance(method, dict) and isinstance(alias, str) and alias in METHOD_ALIASES:
+        name, quantization = METHOD_ALIASES[alias]
+        out["method"] = {**method, "name": name}
         if out.get("quantization") is None:
-            out["quantization"] = {"name": "nf4"}
+            out["quantization"] = {"name": quantization}
     optimizer = out.get("optimizer")
     if isinstance(optimizer, dict) and isinstance(optimizer.get("name"), str):
         name = optimizer["name"].lower()
         rest = {key: item for key, item in optimizer.items() if key != "name"}
         out["optimizer"] = {**OPTIM_ALIASES.get(name, {"name": name}), **rest}
-    for alias in ("gradient_checkpointing", "recompute"):
+    for alias in CHECKPOINTING_ALIASES:
         if alias in out and "activation_checkpointing" not in out:
             given = out.pop(alias)
-            out["activation_checkpointing"] = {True: "full", False: "none"}.get(given, given)
+            if isinstance(given, bool):
+                given = "full" if given else "none"
+            out["activation_checkpointing"] = given
     return out
 
 
@@ -253,8 +266,14 @@ def _refusal(error: ValidationError) -> InvalidRequestError | MalformedDocumentE
 
 def _pointer(loc: tuple[int | str, ...]) -> str:
     """Return the JSON pointer of a place, without pydantic's names for union members."""
-    internal = {"str", "InlineModel", "full", "lora", "tuple[str, ...]", "literal['all-linear']"}
-    return "".join(f"/{part}" for part in loc if part not in internal)
+    internal = {
+        "str", "constrained-str", "InlineModel", "full", "lora", "tuple[str, ...]",
+        "literal['all-linear']",
+    }  # fmt: skip
+    parts = [
+        str(part).replace("~", "~0").replace("/", "~1") for part in loc if part not in internal
+    ]
+    return "".join(f"/{part}" for part in parts)
 
 
 def _detail(problem: Any) -> str:

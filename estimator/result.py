@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from estimator.components import COMPONENTS as COMPONENTS
+from estimator.components import Basis as Basis
+from estimator.components import Component as Component
+
 Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
 Engine = Literal["analytic", "dry-run", "measurement"]
-Component = Literal[
-    "weights", "gradients", "optimizer_states", "activations", "buffers", "workspace", "runtime"
-]
-COMPONENTS: tuple[Component, ...] = (
-    "weights", "gradients", "optimizer_states", "activations", "buffers", "workspace", "runtime",
-)  # fmt: skip
-Basis = Literal["formula", "measured", "assumed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +128,12 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The whole answer to one request."""
+    """The whole answer to one request.
+
+    Args:
+        breakdown: what is allocated at the peak; its rows sum to `peak.allocated_bytes.expected`.
+        outside: what lies between that and `peak.device_used_bytes.expected`.
+    """
 
     schema: Literal["estimate/v1"]
     engine: Engine
@@ -146,6 +148,7 @@ class Result:
     limits: Limits
     suggestions: tuple[Suggestion, ...]
     request: dict[str, Any]
+    outside: tuple[ResultRow, ...] = ()
     assumptions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     not_modelled: tuple[str, ...] = ()

@@ -1,1 +1,1 @@
-"""The web page and the JSON API; they parse, call the estimator, and render."""
+"""The page and the JSON API: they parse, call the estimator and render; no default is set here."""

@@ -1,1 +1,46 @@
-"""."""
+"""The model families: one file each, found by `model_type`, imported when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, Final
+
+from estimator.config_file import asks_for_remote_code, remote_code_refusal
+from estimator.errors import InvalidConfigError, UnsupportedModelError
+from estimator.model.config import Config
+from estimator.model.spec import ModelSpec
+
+FAMILIES: Final[dict[str, str]] = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+}
+
+
+def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """Return the specification of a model from its configuration.
+
+    Args:
+        config: the content of its config.json.
+        where: the model's name, for messages.
+
+    Raises:
+        InvalidConfigError: a field is missing or holds what no model can have.
+        UnsupportedModelError: the family has no file here, or exists as remote code only.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise InvalidConfigError(f"{where}: the model configuration has no 'model_type'")
+    module = FAMILIES.get(model_type)
+    if module is None:
+        if asks_for_remote_code(config):
+            raise remote_code_refusal(config, where)
+        raise UnsupportedModelError(
+            f"{where}: the model family {model_type!r} is not supported yet; supported: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    read = import_module(f"estimator.model.families.{module}").read
+    spec: ModelSpec = read(Config(config))
+    return spec

@@ -1,0 +1,115 @@
+"""What torch's counters do not show: device constants and the spread of predictions.
+
+Until measurements exist these are priors from upstream sources and published figures; each is an
+assumption that the result names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from estimator.result import Range
+from estimator.sources import Assumption, Cite
+from estimator.units import GiB, KiB, MiB
+
+HANDLES: Final = 2
+"""cuBLAS workspaces: one for the main thread's handle, one for the backward thread's."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConstants:
+    """Memory that a process needs on one architecture beside its tensors [bytes].
+
+    Args:
+        cublas_workspace: one workspace of cuBLAS, held by the caching allocator for ever.
+        context: CUDA context and loaded kernels after a training step.
+        context_source: why the context is taken to be that.
+    """
+
+    cublas_workspace: int
+    cublas_source: Cite
+    context: Range
+    context_source: Assumption
+
+
+_HOPPER: Final = 32 * MiB
+_OTHERS: Final = 2 * 4096 * KiB + 8 * 16 * KiB
+_CUBLAS: Final = Cite("torch-cublas", "parseChosenWorkspaceSize and getNewWorkspace")
+
+
+def _context(low: float, expected: float, high: float, reason: str) -> tuple[Range, Assumption]:
+    return Range(round(low * GiB), round(expected * GiB), round(high * GiB)), Assumption(reason)
+
+
+_DATACENTER: Final = _context(
+    0.40, 0.72, 0.95,
+    "CUDA context with lazily loaded kernels on a data-centre card: 0.55 GiB, give or take 0.15, "
+    "and 0.1 to 0.25 GiB more as kernels load during training; not measured on this card yet",
+)  # fmt: skip
+_CONSUMER: Final = _context(
+    0.30, 0.62, 0.85,
+    "CUDA context with lazily loaded kernels: 0.45 GiB, give or take 0.15, and 0.1 to 0.25 GiB "
+    "more as kernels load during training; not measured on this card yet",
+)  # fmt: skip
+
+
+def device_constants(compute_capability: str) -> DeviceConstants:
+    """Return the constants of an architecture; an unknown one gets those of Ampere."""
+    hopper = compute_capability.startswith("9.")
+    context, reason = _DATACENTER if compute_capability in ("8.0", "9.0", "10.0") else _CONSUMER
+    return DeviceConstants(_HOPPER if hopper else _OTHERS, _CUBLAS, context, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far a measurement may lie from the expected value, as factors."""
+
+    low: float
+    expected: float
+    high: float
+    reason: Assumption
+
+
+ALLOCATED: Final = Spread(
+    0.99, 1.0, 1.02,
+    Assumption(
+        "allocated bytes are taken to lie within -1 % and +2 % of the formula; "
+        "no measurement on a GPU backs this yet"
+    ),
+)  # fmt: skip
+RESERVED: Final = Spread(
+    1.0, 1.03, 1.10,
+    Assumption(
+        "the caching allocator is taken to hold 3 % more than the peak of its tensors, 10 % at "
+        "most; no measurement on a GPU backs this yet"
+    ),
+)  # fmt: skip
+
+
+def allocated_range(expected: int) -> Range:
+    """Return the range of `max_memory_allocated` around its expected value."""
+    return Range(round(expected * ALLOCATED.low), expected, round(expected * ALLOCATED.high))
+
+
+def reserved_range(allocated: Range) -> Range:
+    """Return the range of `max_memory_reserved` from that of the allocated bytes."""
+    return Range(
+        round(allocated.low * RESERVED.low),
+        round(allocated.expected * RESERVED.expected),
+        round(allocated.high * RESERVED.high),
+    )
+
+
+def device_used_range(reserved: Range, constants: DeviceConstants, managed: int) -> Range:
+    """Return what the driver shows as used by the process.
+
+    Args:
+        managed: CUDA managed memory [bytes], which may be on the device or evicted from it.
+    """
+    context = constants.context
+    return Range(
+        reserved.low + context.low,
+        reserved.expected + context.expected + managed,
+        reserved.high + context.high + managed,
+    )

@@ -1,0 +1,351 @@
+"""Symbolic tensors whose storage lives exactly as long as something refers to it.
+
+Eager PyTorch frees a tensor's memory when the last reference to it goes: a local variable of a
+forward function, a saved tensor of the backward graph, a buffer of the backward engine. CPython
+counts references the same way, so a `Storage` here reports its own birth and death.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from estimator.dtypes import DType
+from estimator.eager.size import Shape, elements
+from estimator.components import Component
+from estimator.sources import Assumption, Cite
+
+
+class TensorKind(NamedTuple):
+    """What all tensors of one kind share: the identity of a ledger row."""
+
+    component: Component
+    site: int
+    name: str
+    dtype: DType
+    shape: Shape
+    source: Cite | Assumption
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Bytes of one such tensor: (coefficient, index of its monomial)."""
+        count, monomial = elements(self.shape)
+        return count * self.dtype.width, monomial
+
+
+Rule = Callable[..., "tuple[Tensor | None, ...]"]
+ENGINE: Final = Cite("torch-autograd", "engine.cpp, one gradient per input of a node")
+ACTIVATIONS: Final[Component] = "activations"
+GRADIENTS: Final[Component] = "gradients"
+
+Live = dict[int, int]
+"""Number of living tensors of each kind, by the kind's index in `Tape.kinds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """A local maximum of the live bytes: where in the step it lies, and what is alive."""
+
+    site: int
+    phase: str
+    live: Live
+
+
+class Storage:
+    """The memory behind one or more tensors."""
+
+    __slots__ = ("kind", "tape")
+
+    def __init__(self, tape: Tape, kind: int) -> None:
+        self.tape = tape
+        self.kind = kind
+        tape.born(kind)
+
+    def __del__(self) -> None:
+        self.tape.died(self.kind)
+
+
+class Tensor:
+    """A shape, an element type, a storage, and the place in the backward graph."""
+
+    __slots__ = ("base", "dtype", "edge", "shape", "storage", "tape")
+
+    def __init__(
+        self,
+        tape: Tape,
+        shape: Shape,
+        dtype: DType,
+        storage: Storage | None,
+        edge: Edge | None = None,
+        base: Tensor | None = None,
+    ) -> None:
+        self.tape = tape
+        self.shape = shape
+        self.dtype = dtype
+        self.storage = storage
+        self.edge = edge
+        # A view keeps its base alive, as torch's view tracking does.
+        self.base = base
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether backward will want a gradient for this tensor."""
+        return self.edge is not None
+
+
+@dataclass(slots=True, eq=False)
+class Param:
+    """A parameter: persistent, so it has no storage here; the ledger lists it as weights."""
+
+    name: str
+    shape: Shape
+    dtype: DType
+    requires_grad: bool
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Node:
+    """One operator of the backward graph: what it saved and how it makes gradients."""
+
+    __slots__ = ("inputs", "metas", "name", "order", "outputs", "rule", "saved", "site", "tape")
+
+    def __init__(
+        self,
+        tape: Tape,
+        name: str,
+        inputs: tuple[Edge | None, ...],
+        metas: tuple[tuple[Shape, DType] | None, ...],
+        saved: list[Any],
+        rule: Rule,
+        outputs: int,
+    ) -> None:
+        self.tape = tape
+        self.name = name
+        self.order = tape.next_order()
+        self.site = tape.site
+        self.inputs = inputs
+        self.metas = metas
+        self.saved = saved
+        self.rule = rule
+        self.outputs = outputs
+
+    def wants(self, number: int) -> bool:
+        """Whether input `number` wants a gradient."""
+        return self.inputs[number] is not None
+
+    def meta_of(self, number: int) -> tuple[Shape, DType]:
+        """Return the shape and type of input `number`."""
+        meta = self.metas[number]
+        if meta is None:
+            raise ValueError(f"{self.name} has no input {number}")
+        return meta
+
+    def new_grad(
+        self,
+        number: int,
+        shape: Shape | None = None,
+        dtype: DType | None = None,
+        source: Cite = ENGINE,
+    ) -> Tensor:
+        """Allocate the gradient of input `number`, of that input's shape and type by default.
+
+        What is already the gradient of a parameter, shape and type, is counted as such; anything
+        else is an activation gradient on its way.
+        """
+        edge, meta = self.inputs[number], self.meta_of(number)
+        if edge is None:
+            raise ValueError(f"{self.name}: input {number} wants no gradient")
+        final = (shape or meta[0]) == meta[0] and (dtype or meta[1]) is meta[1]
+        if final and isinstance(edge.target, Param):
+            name, component = f"{edge.target.name}.grad", GRADIENTS
+        else:
+            name, component = f"{self.name}, backward", ACTIVATIONS
+        out_shape, out_dtype = shape or meta[0], dtype or meta[1]
+        kind = TensorKind(component, self.tape.site, name, out_dtype, out_shape, source)
+        return Tensor(self.tape, out_shape, out_dtype, Storage(self.tape, self.tape.kind(kind)))
+
+    def scratch(
+        self,
+        name: str,
+        shape: Shape,
+        dtype: DType,
+        source: Cite = ENGINE,
+        component: Component = ACTIVATIONS,
+    ) -> Tensor:
+        """Allocate a temporary of this node's backward."""
+        kind = TensorKind(
+            component, self.tape.site, f"{self.name}, backward: {name}", dtype, shape, source
+        )
+        return Tensor(self.tape, shape, dtype, Storage(self.tape, self.tape.kind(kind)))
+
+
+class Edge(NamedTuple):
+    """Where a gradient goes: an output of a node, or a parameter."""
+
+    target: Node | Param
+    output: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """Switches that kernels take by size; between two of them every size is a polynomial.
+
+    Args:
+        sorts_embedding_gradient: more than 3072 tokens in the micro-batch.
+        dequantizes: more tokens than bitsandbytes multiplies without dequantizing.
+        exceeds_window: the length is beyond the sliding window of some layers.
+    """
+
+    sorts_embedding_gradient: bool = True
+    dequantizes: bool = True
+    exceeds_window: bool = False
+
+
+class Tape:
+    """The running account of one symbolic training step."""
+
+    def __init__(self, autocast: DType | None = None, regime: Regime | None = None) -> None:
+        self.regime = regime or Regime()
+        self.kinds: list[TensorKind] = []
+        self._index: dict[TensorKind, int] = {}
+        self.live: Live = {}
+        self.instants: list[Instant] = []
+        self.site = 0
+        self.phase = "forward"
+        self.prefix = ""
+        self.autocast = autocast
+        self.autocast_enabled = False
+        self.cast_cache: dict[Param, Tensor] = {}
+        self.frame: Any = None
+        self.grads: dict[Param, Tensor] = {}
+        self.grads_exist = False
+        self.left_behind: Live | None = None
+        self._grown = False
+        self._order = 0
+
+    # -- accounts ---------------------------------------------------------------------------
+
+    def born(self, kind: int) -> None:
+        """Count one more living tensor of a kind."""
+        self.live[kind] = self.live.get(kind, 0) + 1
+        self._grown = True
+
+    def died(self, kind: int) -> None:
+        """Count one tensor less; what was alive just before was a local maximum if it had grown."""
+        if self._grown:
+            self.mark()
+        left = self.live[kind] - 1
+        if left:
+            self.live[kind] = left
+        else:
+            del self.live[kind]
+
+    def enter(self, site: int) -> None:
+        """Go to another site of the step; what has grown so far belongs to the one before."""
+        if site != self.site:
+            if self._grown:
+                self.mark()
+            if site == 0 and self.phase == "backward":
+                self.left_behind = dict(self.live)
+            self.site = site
+
+    def mark(self) -> None:
+        """Record what is alive now as an instant of the step."""
+        self.instants.append(Instant(self.site, self.phase, dict(self.live)))
+        self._grown = False
+
+    def kind(self, kind: TensorKind) -> int:
+        """Return the index of a kind, giving it one when it is new."""
+        index = self._index.get(kind)
+        if index is None:
+            index = self._index[kind] = len(self.kinds)
+            self.kinds.append(kind)
+        return index
+
+    def new(
+        self,
+        name: str,
+        shape: Shape,
+        dtype: DType,
+        source: Cite | Assumption,
+        component: Component = "activations",
+    ) -> Tensor:
+        """Allocate a tensor; `name` is put behind the current module's path."""
+        kind = TensorKind(component, self.site, self.prefix + name, dtype, shape, source)
+        return Tensor(self, shape, dtype, Storage(self, self.kind(kind)))
+
+    @contextmanager
+    def module(self, name: str) -> Iterator[None]:
+        """Name what is allocated inside after a module."""
+        outer, self.prefix = self.prefix, f"{self.prefix}{name}."
+        try:
+            yield
+        finally:
+            self.prefix = outer
+
+    # -- graph ------------------------------------------------------------------------------
+
+    def next_order(self) -> int:
+        """Return the next sequence number; backward runs the newest ready node first."""
+        self._order += 1
+        return self._order
+
+    def record(
+        self,
+        name: str,
+        inputs: tuple[Tensor | Param | None, ...],
+        saved: tuple[Tensor | Param | None, ...],
+        rule: Rule,
+        *outputs: Tensor,
+    ) -> None:
+        """Hang a node behind `outputs`, unless no input wants a gradient.
+
+        Args:
+            name: the operator, for the rows of its backward.
+            inputs: the differentiable inputs in the order in which `rule` returns gradients.
+            saved: what the operator keeps for backward; a parameter costs nothing, and None is
+                kept as None so that `rule` finds its tensors by position.
+            rule: `rule(node, grads, saved)` returns one gradient for each input, None where the
+                input wants none; `grads` holds one gradient (or None) for each output. It must not
+                close over a tensor: the graph would keep that tensor alive.
+        """
+        edges = tuple(_edge(each) for each in inputs)
+        if not any(edges):
+            return
+        metas = tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+        frame = self.frame
+        packed = [
+            frame.pack(each) if frame is not None and isinstance(each, Tensor) else each
+            for each in saved
+        ]
+        node = Node(self, self.prefix + name, edges, metas, packed, rule, len(outputs))
+        for number, output in enumerate(outputs):
+            output.edge = Edge(node, number)
+
+
+def _edge(source: Tensor | Param | None) -> Edge | None:
+    if isinstance(source, Param):
+        return Edge(source) if source.requires_grad else None
+    return source.edge if source is not None else None
+
+
+def view(tensor: Tensor, shape: Shape) -> Tensor:
+    """Return another shape of the same storage, with a node of its own as torch gives views."""
+    out = Tensor(tensor.tape, shape, tensor.dtype, tensor.storage, base=tensor.base or tensor)
+    before = tensor.shape
+
+    def rule(node: Node, grads: list[Tensor], saved: list[Any]) -> tuple[Tensor, ...]:
+        (grad,) = grads
+        return (reshaped(grad, before),)
+
+    tensor.tape.record("view", (tensor,), (), rule, out)
+    return out
+
+
+def reshaped(grad: Tensor, shape: Shape) -> Tensor:
+    """Return a view of a gradient; it refers to its base, so it is not summed into in place."""
+    return Tensor(grad.tape, shape, grad.dtype, grad.storage, base=grad.base or grad)

@@ -1,0 +1,110 @@
+"""Ledger rows: one kind of tensor each, with what it is, where it lives and who says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from estimator.dtypes import DType
+from estimator.eager.size import BATCH, SEQ, Polynomial, Shape, elements
+from estimator.components import Basis, Component
+from estimator.sources import Assumption, Cite
+
+
+class Row(NamedTuple):
+    """One kind of tensor; how many of them are alive is said beside it, not in it.
+
+    Args:
+        name: what it is, with its place in the model.
+        component: weights, gradients, optimizer_states, activations, buffers, workspace, runtime.
+        site: where in the step it lives.
+        size: bytes of one such tensor: (coefficient, index of its monomial in b and s).
+        formula: the size in letters: dimensions and width.
+        source: a citation, or the reason of an assumption.
+    """
+
+    name: str
+    component: Component
+    site: str
+    size: tuple[int, int]
+    formula: str
+    source: Cite | Assumption
+
+    @property
+    def basis(self) -> Basis:
+        """Whether the row is a formula or an assumption."""
+        return "assumed" if isinstance(self.source, Assumption) else "formula"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row and how many of its tensors are alive."""
+
+    row: Row
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Entries that are alive together."""
+
+    entries: tuple[Entry, ...]
+
+    def plus(self, *others: Entry) -> Ledger:
+        """Return the ledger with more entries."""
+        return Ledger((*self.entries, *others))
+
+    def polynomial(self) -> Polynomial:
+        """Return the sum of all entries as a polynomial in b and s."""
+        return polynomial((each.row.size, each.count) for each in self.entries)
+
+    def component_bytes(self, component: Component) -> Polynomial:
+        """Return the sum of one component's entries as a polynomial in b and s."""
+        return polynomial(
+            (each.row.size, each.count) for each in self.entries if each.row.component == component
+        )
+
+
+def polynomial(sizes: Iterable[tuple[tuple[int, int], int]]) -> Polynomial:
+    """Sum monomials, each given as ((coefficient, index), count)."""
+    total = [0, 0, 0, 0, 0, 0]
+    for (coefficient, index), count in sizes:
+        total[index] += coefficient * count
+    return (total[0], total[1], total[2], total[3], total[4], total[5])
+
+
+def tensor_row(
+    name: str,
+    component: Component,
+    site: str,
+    shape: Shape,
+    dtype: DType,
+    source: Cite | Assumption,
+) -> Row:
+    """Return the row of tensors of one shape and type."""
+    count, index = elements(shape)
+    size = (count * dtype.width, index)
+    return Row(name, component, site, size, formula(shape, dtype), source)
+
+
+def formula(shape: Shape, dtype: DType) -> str:
+    """Write a tensor's size with the numbers that the model fixes, b and s as letters.
+
+    Example:
+        >>> from estimator.eager.size import dim
+        >>> formula((BATCH, SEQ, dim("h", 4096)), DType.BFLOAT16)
+        '[b, s, h=4096] x 2 B'
+    """
+    dims = ", ".join(
+        each.letter if each in (BATCH, SEQ) or each.letter == "1" else f"{each.letter}={each.value}"
+        for each in shape
+    )
+    return f"[{dims}] x {dtype.width} B"
+
+
+def constant_row(
+    name: str, component: Component, site: str, size: int, formula: str, source: Cite | Assumption
+) -> Row:
+    """Return the row of something whose size does not depend on the batch."""
+    return Row(name, component, site, (size, 0), formula, source)

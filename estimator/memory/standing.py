@@ -1,0 +1,156 @@
+"""What stays on the GPU through the whole step: weights, buffers, optimizer states, gradients."""
+
+from __future__ import annotations
+
+from estimator.dtypes import DType
+from estimator.memory.ledger import Entry, Ledger, constant_row, tensor_row
+from estimator.model.spec import Module
+from estimator.run import Run
+from estimator.sources import Cite
+from estimator.techniques.optimizers import (
+    FUSED_STEP,
+    MOMENTUM,
+    OPTIMIZERS,
+    State,
+    Trained,
+    trained,
+)
+
+_MASTER = Cite("micikevicius2018", "section 3.1, fp32 master copy of weights")
+_MAIN_GRADS = Cite("megatron-optimizer", "_copy_model_grads_to_main_grads")
+_GRAD = Cite("torch-autograd", "functions/accumulate_grad.h, AccumulateGrad")
+_BUFFER = Cite("hf-modeling", "buffers of the model class")
+
+
+def standing(run: Run) -> Ledger:
+    """Return the entries that are alive at every moment from the second step on."""
+    entries = [*_weights(run), *_buffers(run), *_states(run)]
+    if run.accumulates:
+        entries += _gradients(run)
+    return Ledger(tuple(entries))
+
+
+def site_of(run: Run, module: Module) -> str:
+    """Return the site that a module belongs to."""
+    spec = run.spec
+    if module is spec.head:
+        return "head"
+    if any(module is each for each in spec.final):
+        return "final_norm"
+    for kind in spec.kinds:
+        if any(module is each for each in kind.modules):
+            return kind.name
+    return "embeddings"
+
+
+def trained_tensors(run: Run) -> tuple[Trained, ...]:
+    """Return what the optimizer updates."""
+    master = run.optimizer.master_weights
+    return tuple(
+        trained(module, weight, count, master=master)
+        for module, weight, count in run.spec.tensors()
+        if weight.trainable
+    )
+
+
+def optimizer_states(run: Run) -> tuple[State, ...]:
+    """Return the states of the run's optimizer, momentum and fused step counters included."""
+    states = OPTIMIZERS[run.optimizer.name].states
+    if run.optimizer.momentum:
+        states = (*states, MOMENTUM)
+    if run.optimizer.implementation == "fused" and run.optimizer.name in ("adam", "adamw"):
+        states = (*states, FUSED_STEP)
+    return states
+
+
+def _weights(run: Run) -> list[Entry]:
+    entries = []
+    for module, weight, count in run.spec.tensors():
+        name, site = f"{module.name}.{weight.name}", site_of(run, module)
+        row = tensor_row(name, "weights", site, weight.shape, weight.dtype, weight.source)
+        entries.append(Entry(row, count))
+        if run.optimizer.master_weights and weight.trainable:
+            master = tensor_row(
+                f"{name}, fp32 master copy", "optimizer_states", site, weight.shape,
+                DType.FLOAT32, _MASTER,
+            )  # fmt: skip
+            entries.append(Entry(master, count))
+    return entries
+
+
+def _buffers(run: Run) -> list[Entry]:
+    return [
+        Entry(tensor_row(each.name, "buffers", "embeddings", each.shape, each.dtype, _BUFFER), 1)
+        for each in run.spec.buffers
+    ]
+
+
+def _states(run: Run) -> list[Entry]:
+    """Return one entry for each state of each trained tensor, managed memory left out."""
+    return [
+        Entry(
+            constant_row(
+                f"{each.name}.{state.name}", "optimizer_states", "optimizer", state.bytes(each),
+                f"{each.elements} parameters", state.source,
+            ),
+            each.count,
+        )
+        for each in trained_tensors(run)
+        for state in optimizer_states(run)
+        if not state.managed(each)
+    ]  # fmt: skip
+
+
+def managed_bytes(run: Run) -> int:
+    """Bytes of paged optimizer states: CUDA managed memory, in none of torch's counters."""
+    return sum(
+        state.bytes(each) * each.count
+        for each in trained_tensors(run)
+        for state in optimizer_states(run)
+        if state.managed(each)
+    )
+
+
+def _gradients(run: Run) -> list[Entry]:
+    return [
+        Entry(
+            tensor_row(
+                f"{module.name}.{weight.name}.grad", "gradients", site_of(run, module),
+                weight.shape, weight.dtype, _GRAD,
+            ),
+            count,
+        )
+        for module, weight, count in run.spec.tensors()
+        if weight.trainable
+    ]  # fmt: skip
+
+
+def step_entries(run: Run) -> tuple[Entry, ...]:
+    """Return what the optimizer's step holds beside the standing entries at its worst moment.
+
+    Gradients are there until `zero_grad`. With master weights they have been copied to fp32 one
+    by one, each original freed at once.
+    """
+    tensors = trained_tensors(run)
+    if run.optimizer.master_weights:
+        gradients = [
+            Entry(
+                constant_row(
+                    f"{each.name}, fp32 gradient", "gradients", "optimizer", each.bytes,
+                    f"{each.elements} parameters x 4 B", _MAIN_GRADS,
+                ),
+                each.count,
+            )
+            for each in tensors
+        ]  # fmt: skip
+    else:
+        gradients = [] if run.accumulates else _gradients(run)
+    row = OPTIMIZERS[run.optimizer.name]
+    temporary = row.temporaries[run.optimizer.implementation](tensors)
+    if temporary:
+        name = f"{run.optimizer.name} {run.optimizer.implementation}, temporaries of the step"
+        scratch = constant_row(
+            name, "optimizer_states", "optimizer", temporary, f"{temporary} B", row.source
+        )
+        return (*gradients, Entry(scratch, 1))
+    return tuple(gradients)

@@ -1,0 +1,249 @@
+"""The moments of a step: the chain of sites put back together for the real number of layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from estimator.eager.size import ZERO, Polynomial
+from estimator.eager.tensor import Instant, Live, Regime
+from estimator.memory.ledger import Entry, Ledger, Row, formula, polynomial
+from estimator.memory.standing import standing, step_entries
+from estimator.memory.trace import Trace, trace
+from estimator.run import Run
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment that can be the peak: its name, and its bytes as a polynomial in b and s.
+
+    What is alive is put together only when somebody asks.
+    """
+
+    name: str
+    total: Polynomial
+    place: _Place
+
+    def bytes_at(self, at: Polynomial) -> int:
+        """Bytes at the micro-batch and length whose powers are given."""
+        a, b = self.total, at
+        return (
+            a[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5]
+        )  # the first power is 1
+
+    @cached_property
+    def alive(self) -> Ledger:
+        """Everything that is alive at this moment."""
+        return self.place.ledger()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All moments of a training step that can be its peak, in the order of time."""
+
+    moments: tuple[Moment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in the assembled step a moment lies, enough to say what is alive there."""
+
+    assembly: _Assembly
+    live: Live
+    site: int
+    position: int
+    backward: bool
+    extra: tuple[Entry, ...] = ()
+
+    def ledger(self) -> Ledger:
+        """List the standing entries and those of this moment."""
+        alive = self.assembly.alive(self)
+        entries = (Entry(row, count) for row, count in alive.items() if count)
+        return Ledger((*self.assembly.always.entries, *entries, *self.extra))
+
+
+def compile_step(run: Run, regime: Regime) -> Step:
+    """Return the moments of a steady-state step, the second step or a later one."""
+    assembly = _Assembly(trace(run, regime), standing(run))
+    between = [*assembly.forward(), *assembly.backward()]
+    step = step_entries(run)
+    during_step = polynomial((each.row.size, each.count) for each in step)
+    return Step(
+        (
+            *between,
+            assembly.after("end of backward", assembly.seen.end, ZERO, ()),
+            assembly.after("optimizer step", assembly.inputs(), during_step, step),
+        )
+    )
+
+
+class _Assembly:
+    """Puts a trace together again: sites of the chain, counted as often as the model has them."""
+
+    def __init__(self, seen: Trace, always: Ledger) -> None:
+        self.seen = seen
+        self.always = always
+        self.constant = always.polynomial()
+        self.sizes = tuple(kind.size for kind in seen.kinds)
+        last = len(seen.sites)
+        self.order = (0, *seen.chain, last - 3, last - 2, last - 1)
+        self.times = Counter(self.order)
+        self.forward_saved = self._totals(seen.forward_saved)
+        self.backward_saved = self._totals(seen.backward_saved)
+        self.left = self._totals(seen.left)
+
+    # -- candidates ---------------------------------------------------------------------------
+
+    def forward(self) -> Iterator[Moment]:
+        """Yield the candidates of the forward pass.
+
+        What earlier sites saved only grows, so of all layers of one kind the last is the highest.
+        """
+        saved = self.forward_saved
+        for site, instants in self._instants("forward"):
+            position = max(index for index, each in enumerate(self.order) if each == site)
+            before = _add(saved[each] for each in self.order[:position])
+            here = _add(saved[:site])
+            for instant, total in instants:
+                yield self._moment(instant, _shift(total, here, before), position)
+
+    def backward(self) -> Iterator[Moment]:
+        """Yield the candidates of the backward pass.
+
+        From layer to layer of one kind the same tensors come and go, so the bytes are linear in
+        the position and only the ends of each run of equal steps can be the highest.
+        """
+        saved, left = self.backward_saved, self.left
+        for site, instants in self._instants("backward"):
+            here = _add((*saved[:site], *left[site + 1 :]))
+            for position in self._ends(site):
+                before, after = self.order[:position], self.order[position + 1 :]
+                around = _add((*(saved[each] for each in before), *(left[each] for each in after)))
+                for instant, total in instants:
+                    yield self._moment(instant, _shift(total, here, around), position)
+
+    def after(self, name: str, live: Live, more: Polynomial, extra: tuple[Entry, ...]) -> Moment:
+        """Return a moment after backward, with what every site has left then."""
+        left = _add(
+            tuple(each * self.times[site] for each in total)
+            for site, total in enumerate(self._totals(live))
+        )
+        place = _Place(self, live, -1, len(self.order), True, extra)
+        return Moment(name, _add((left, more, self.constant)), place)
+
+    def inputs(self) -> Live:
+        """Return the batch itself, which stays alive until the loop fetches the next one."""
+        return {
+            kind: count
+            for kind, count in self.seen.end.items()
+            if self.seen.kinds[kind].component == "buffers"
+        }
+
+    # -- what is alive ------------------------------------------------------------------------
+
+    def alive(self, place: _Place) -> Counter[Row]:
+        """Count the rows that are alive at a place of the assembled step."""
+        times = self._times_around(place)
+        total: Counter[Row] = Counter()
+        before, after = self._held(place)
+        for source, side in ((before, 0), (after, 1)):
+            for kind, count in source.items():
+                total[self._row(kind)] += count * times[side][self.seen.kinds[kind].site]
+        for kind, count in place.live.items():
+            site = self.seen.kinds[kind].site
+            total[self._row(kind)] += count * (self.times[site] if place.site < 0 else 1)
+        return total
+
+    def _held(self, place: _Place) -> tuple[Live, Live]:
+        if place.site < 0:
+            return {}, {}
+        if place.backward:
+            return self.seen.backward_saved, self.seen.left
+        return self.seen.forward_saved, {}
+
+    def _times_around(self, place: _Place) -> tuple[list[int], list[int]]:
+        """Return how often each site counts before and after, beyond what the chain itself has."""
+        before, after = (
+            Counter(self.order[: place.position]),
+            Counter(self.order[place.position + 1 :]),
+        )
+        sites = range(len(self.seen.sites))
+        return (
+            [before[each] - (each < place.site) for each in sites],
+            [after[each] - (each > place.site) for each in sites],
+        )
+
+    # -- parts --------------------------------------------------------------------------------
+
+    def _moment(self, instant: Instant, total: Polynomial, position: int) -> Moment:
+        backward = instant.phase == "backward"
+        place = _Place(self, instant.live, instant.site, position, backward)
+        name = self.seen.sites[instant.site]
+        label = f"loss {instant.phase}" if name == "loss" else f"{instant.phase}: {name}"
+        return Moment(label, _add((total, self.constant)), place)
+
+    def _ends(self, site: int) -> list[int]:
+        """Return the positions of a site where its bytes can be the highest in backward."""
+        positions = [index for index, each in enumerate(self.order) if each == site]
+        steps = {self.order[a:b] for a, b in pairwise(positions)}
+        return [positions[0], positions[-1]] if len(steps) == 1 else positions
+
+    def _instants(self, phase: str) -> Iterator[tuple[int, list[tuple[Instant, Polynomial]]]]:
+        """Yield for each site its instants, without those that another one covers entirely."""
+        grouped: dict[int, list[tuple[Instant, Polynomial]]] = {}
+        for instant in self.seen.instants:
+            if instant.phase == phase:
+                total = polynomial(
+                    (self.sizes[kind], count) for kind, count in instant.live.items()
+                )
+                grouped.setdefault(instant.site, []).append((instant, total))
+        for site, instants in grouped.items():
+            yield site, _highest(instants)
+
+    def _totals(self, live: Live) -> list[Polynomial]:
+        """Sum what is alive for each site of the chain."""
+        split: list[list[tuple[tuple[int, int], int]]] = [[] for _ in self.seen.sites]
+        for kind, count in live.items():
+            split[self.seen.kinds[kind].site].append((self.sizes[kind], count))
+        return [polynomial(each) for each in split]
+
+    def _row(self, index: int) -> Row:
+        kind = self.seen.kinds[index]
+        return Row(
+            kind.name,
+            kind.component,
+            self.seen.sites[kind.site],
+            kind.size,
+            formula(kind.shape, kind.dtype),
+            kind.source,
+        )
+
+
+def _highest(instants: list[tuple[Instant, Polynomial]]) -> list[tuple[Instant, Polynomial]]:
+    keep: list[tuple[Instant, Polynomial]] = []
+    for each in instants:
+        if not any(_covers(other[1], each[1]) for other in keep):
+            keep = [other for other in keep if not _covers(each[1], other[1])]
+            keep.append(each)
+    return keep
+
+
+def _covers(high: Polynomial, low: Polynomial) -> bool:
+    """Whether one polynomial is nowhere below the other."""
+    return all(a >= b for a, b in zip(high, low, strict=True))
+
+
+def _add(polynomials: Iterable[tuple[int, ...]]) -> Polynomial:
+    total = list(ZERO)
+    for each in polynomials:
+        for index, value in enumerate(each):
+            total[index] += value
+    return (total[0], total[1], total[2], total[3], total[4], total[5])
+
+
+def _shift(total: Polynomial, here: Polynomial, around: Polynomial) -> Polynomial:
+    """Replace what the chain holds outside a site by what the real model holds there."""
+    return _add((total, tuple(-each for each in here), around))

@@ -1,0 +1,167 @@
+"""One training step on the tape, with each kind of layer run once.
+
+The trace holds a chain of sites: the embeddings, the first layer, one layer of every kind, the
+final norm, the head and the loss. Layers of one kind are alike, so `timeline.py` puts the chain
+back together for the real number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from estimator.dtypes import DType
+from estimator.eager import ops
+from estimator.eager.checkpoint import checkpoint
+from estimator.eager.engine import backward
+from estimator.eager.size import BATCH, SEQ
+from estimator.eager.tensor import Edge, Instant, Live, Param, Regime, Tape, Tensor, TensorKind
+from estimator.memory.loss import LOSSES
+from estimator.model.forward import Forward
+from estimator.model.spec import LayerKind
+from estimator.run import Run
+from estimator.sources import Cite
+
+INPUTS = Cite("hf-trainer", "the batch: input_ids, attention_mask, labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one step of the chain showed.
+
+    Args:
+        kinds: the kinds of tensor, by index.
+        sites: the name of each site of the chain.
+        chain: for each real layer, the site of the chain that stands for it.
+        instants: local maxima in the order of time.
+        forward_saved: what is alive when the forward pass of the model has ended.
+        backward_saved: what is alive when backward begins.
+        left: what backward has left when it reaches the embeddings.
+        end: what is alive after backward.
+    """
+
+    kinds: tuple[TensorKind, ...]
+    sites: tuple[str, ...]
+    chain: tuple[int, ...]
+    instants: tuple[Instant, ...]
+    forward_saved: Live
+    backward_saved: Live
+    left: Live
+    end: Live
+
+
+def trace(run: Run, regime: Regime) -> Trace:
+    """Run one steady-state training step of the chain and record what was alive when."""
+    tape = Tape(run.autocast, regime)
+    tape.grads_exist = run.accumulates
+    kinds, chain = _chain(run)
+    forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
+    batch = [_input(tape, name) for name in ("input_ids", "attention_mask", "labels")]
+    tape.autocast_enabled = run.autocast is not None
+    loss, outputs = _forward(run, forward, kinds, batch)
+    forward_saved = outputs.alive
+    tape.cast_cache.clear()
+    tape.autocast_enabled = False
+    if not run.keeps_outputs:
+        outputs.held.clear()
+        forward.cache.clear()
+    if not run.checkpointing:
+        forward.rotary.clear()
+        forward.masks.clear()
+    backward_saved = dict(tape.live)
+    tape.phase = "backward"
+    backward(loss)
+    outputs.held.clear()
+    forward.cache.clear()
+    forward.rotary.clear()
+    forward.masks.clear()
+    tape.enter(0)
+    end = dict(tape.live)
+    sites = ("embeddings", *(kind.name for kind in kinds), "final_norm", "head", "loss")
+    left = tape.left_behind if tape.left_behind is not None else end
+    return Trace(
+        tuple(tape.kinds), sites, chain, tuple(tape.instants), forward_saved, backward_saved,
+        left, end,
+    )  # fmt: skip
+
+
+def _chain(run: Run) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
+    """Return the layers of the chain, and for each real layer its site in the chain.
+
+    The first and the last layer stand for themselves alone: the input of the one may want no
+    gradient, and the output of the other is saved by the final norm, not by a next layer.
+    """
+    pattern = run.spec.pattern
+    inner = tuple(dict.fromkeys(pattern[1:-1]))
+    chosen = (pattern[0], *inner, *pattern[-1:]) if len(pattern) > 1 else pattern
+    kinds = tuple(run.spec.kinds[index] for index in chosen)
+    if len(pattern) == 1:
+        return kinds, (1,)
+    return kinds, (1, *(2 + inner.index(index) for index in pattern[1:-1]), 2 + len(inner))
+
+
+def _activation_dtype(run: Run) -> DType:
+    """Return the type of the hidden states: that of the embedding table."""
+    return run.spec.embeddings[0].dtype
+
+
+def _input(tape: Tape, name: str) -> Tensor:
+    return tape.new(name, (BATCH, SEQ), DType.INT64, INPUTS, "buffers")
+
+
+class _Outputs:
+    """What the model's output object refers to, and what was alive when it was made."""
+
+    def __init__(self, held: list[Tensor], alive: Live) -> None:
+        self.held = held
+        self.alive = alive
+
+
+def _forward(
+    run: Run, forward: Forward, kinds: tuple[LayerKind, ...], batch: list[Tensor]
+) -> tuple[Tensor, _Outputs]:
+    """Run the model and its loss; local names live as long as they do in transformers."""
+    spec, family, tape = run.spec, run.spec.family, forward.tape
+    last = len(kinds) + 1
+    hidden = _model(run, forward, kinds, batch[0])
+    forward.enter(last + 1, (spec.head,))
+    if spec.tied:
+        forward.tie(spec.head.name, spec.embeddings[0].name)
+    logits = family.logits(forward, hidden)
+    alive = dict(tape.live)
+    tape.enter(last + 2)
+    with tape.module("loss"):
+        loss = LOSSES[run.loss](logits, batch[2], spec.vocab)
+    held = [logits]
+    if run.autocast is not None:
+        # Accelerate hands out fp32 logits in place of the model's own.
+        held = [ops.cast(logits, DType.FLOAT32, "logits of the outputs in fp32")]
+    return loss, _Outputs(held, alive)
+
+
+def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor) -> Tensor:
+    """Run embeddings, layers and final norm."""
+    spec, family, tape = run.spec, run.spec.family, forward.tape
+    forward.enter(0, spec.embeddings)
+    embedded = family.embed(forward, ids)
+    if run.input_requires_grad and not embedded.requires_grad:
+        embedded.edge = Edge(Param("inputs_embeds", embedded.shape, embedded.dtype, True))
+    forward.prepare_masks(spec.kinds)
+    hidden = embedded
+    for site, kind in enumerate(kinds, start=1):
+        forward.enter(site, kind.modules)
+        with tape.module("layer"):
+            region = _region(forward, site, kind)
+            hidden = checkpoint(region, hidden) if run.checkpointing else region(hidden)
+    forward.enter(len(kinds) + 1, spec.final)
+    return family.final(forward, hidden)
+
+
+def _region(forward: Forward, site: int, kind: LayerKind) -> Callable[[Tensor], Tensor]:
+    """Return one layer as a function of its input, to be run now and maybe again in backward."""
+
+    def layer(hidden: Tensor) -> Tensor:
+        forward.enter(site, kind.modules)
+        return forward.spec.family.layer(forward, kind, hidden)
+
+    return layer

@@ -1,0 +1,273 @@
+"""The forward pass of one step: modules by name, and the blocks that families share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from estimator.dtypes import DType
+from estimator.eager import attention, ops
+from estimator.eager.attention import MASK, Heads
+from estimator.eager.ops import F32
+from estimator.eager.size import BATCH, ONE, SEQ, dim
+from estimator.eager.tensor import Param, Tape, Tensor, view
+from estimator.errors import UnsupportedModelError
+from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Module, Norm, Weight
+from estimator.sources import Cite
+
+M = TypeVar("M", bound=Module)
+MASKING: Final = Cite("hf-masking", "sdpa_mask, eager_mask")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the request says about how the forward pass runs.
+
+    Args:
+        attention: `eager`, `sdpa` or `flash_attention_2`.
+        padding: some rows of the micro-batch end in padding, so that masks are built.
+        keeps_cache: keys and values stay alive until the outputs do (use_cache).
+    """
+
+    attention: str = "sdpa"
+    padding: bool = False
+    keeps_cache: bool = False
+
+
+class Forward:
+    """Runs modules on the tape; parameters are made once and shared by forward and recompute."""
+
+    def __init__(self, tape: Tape, spec: ModelSpec, settings: Settings, dtype: DType) -> None:
+        self.tape = tape
+        self.spec = spec
+        self.settings = settings
+        self.dtype = dtype
+        self.modules: dict[str, Module] = {}
+        self.rotary: dict[str, tuple[Tensor, Tensor]] = {}
+        self.masks: dict[str, Tensor] = {}
+        self.cache: list[Tensor] = []
+        self._params: dict[tuple[int, str, str], Param] = {}
+        self._tied: dict[str, str] = {}
+
+    # -- modules ------------------------------------------------------------------------------
+
+    def enter(self, site: int, modules: Iterable[Module]) -> None:
+        """Move to a site of the step, whose modules are found by name from now on."""
+        self.tape.enter(site)
+        self.modules = {module.name: module for module in modules}
+
+    def param(self, module: str, weight: Weight) -> Param:
+        """Return the parameter behind a module's weight at this site."""
+        tied = self._tied.get(module) if weight.name == "weight" else None
+        site, name = (0, tied) if tied else (self.tape.site, module)
+        key = (site, name, weight.name)
+        if key not in self._params:
+            self._params[key] = Param(
+                f"{name}.{weight.name}", weight.shape, weight.dtype, weight.trainable
+            )
+        return self._params[key]
+
+    def tie(self, module: str, to: str) -> None:
+        """Let a module use the weight of one of the embeddings."""
+        self._tied[module] = to
+
+    def has(self, name: str) -> bool:
+        """Whether this site has a module of that name."""
+        return name in self.modules
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Run a linear layer, with its adapter and its weight format if it has them."""
+        module = self._find(name, Linear)
+        with self.tape.module(name):
+            if module.adapter is not None:
+                return module.adapter.forward(self, module, x)
+            return self.base_linear(x, module)
+
+    def base_linear(self, x: Tensor, module: Linear) -> Tensor:
+        """Run a linear layer without its adapter."""
+        if module.format is not None:
+            return module.format.forward(self, module, x)
+        bias = module.bias_weight()
+        return ops.linear(
+            x,
+            self.param(module.name, module.weight()),
+            self.param(module.name, bias) if bias else None,
+            module.fan_out,
+        )
+
+    def rms_norm(self, x: Tensor, name: str) -> Tensor:
+        """RMSNorm as Llama writes it: statistics in fp32, the weight applied in the input's type.
+
+        Source: hf-modeling, llama/modeling_llama.py, LlamaRMSNorm.forward.
+        """
+        with self.tape.module(name):
+            return ops.mul(self.norm_weight(name), ops.cast(normalized(x), x.dtype))
+
+    def layer_norm(self, x: Tensor, name: str) -> Tensor:
+        """Run torch's LayerNorm."""
+        module = self._find(name, Norm)
+        weight, *bias = module.weights()
+        with self.tape.module(name):
+            return ops.layer_norm(
+                x, self.param(name, weight), self.param(name, bias[0]) if bias else None
+            )
+
+    def embedding(self, ids: Tensor, name: str) -> Tensor:
+        """Look rows up in a table."""
+        module = self._find(name, Embedding)
+        with self.tape.module(name):
+            return ops.embedding(ids, self.param(name, module.weights()[0]), module.width)
+
+    def norm_weight(self, name: str) -> Param:
+        """Return a norm's weight."""
+        return self.param(name, self._find(name, Norm).weights()[0])
+
+    def _find(self, name: str, kind: type[M]) -> M:
+        module = self.modules[name]
+        if not isinstance(module, kind):
+            raise TypeError(f"{name} is no {kind.__name__}")
+        return module
+
+    # -- attention ----------------------------------------------------------------------------
+
+    def prepare_rotary(self, width: int, name: str = "rotary") -> None:
+        """Make the cosine and sine tables that all layers share.
+
+        Shapes:
+            cos, sin  [1, s, d]  width of the hidden states
+
+        Source: hf-modeling, llama/modeling_llama.py, LlamaRotaryEmbedding.forward.
+        """
+        shape = (ONE, SEQ, dim("d", width))
+        source = Cite("hf-modeling", "llama/modeling_llama.py, LlamaRotaryEmbedding.forward")
+        cos = self.tape.new(f"{name} cos", shape, self.dtype, source)
+        sin = self.tape.new(f"{name} sin", shape, self.dtype, source)
+        self.rotary[name] = (cos, sin)
+
+    def rotate(self, q: Tensor, k: Tensor, name: str = "rotary") -> tuple[Tensor, Tensor]:
+        """Apply rotary positions to queries and keys.
+
+        Source: hf-modeling, llama/modeling_llama.py, apply_rotary_pos_emb and rotate_half.
+        """
+        cos, sin = self.rotary[name]
+        with self.tape.module(name):
+            rotated_q = ops.add(ops.mul(q, cos), ops.mul(rotate_half(q), sin))
+            rotated_k = ops.add(ops.mul(k, cos), ops.mul(rotate_half(k), sin))
+        return rotated_q, rotated_k
+
+    def prepare_masks(self, kinds: Iterable[LayerKind]) -> None:
+        """Build the masks that the model builds once for all layers.
+
+        SDPA needs none while attention is plainly causal; padding, and a window that the length
+        exceeds, need one. Eager attention always adds a float mask. FlashAttention takes the
+        padding mask itself.
+
+        Shapes:
+            mask  [b, 1, s, s]  1 byte for sdpa, the width of the model for eager
+
+        Source: hf-masking, sdpa_mask, eager_mask and _ignore_causal_mask_sdpa.
+        """
+        if self.settings.attention == "flash_attention_2":
+            return
+        eager = self.settings.attention == "eager"
+        for kind in kinds:
+            windowed = kind.sliding_window is not None
+            needed = eager or self.settings.padding or (windowed and self.exceeds(kind))
+            key = "sliding" if windowed else "full"
+            if needed and key not in self.masks:
+                mask = self.tape.new(f"{key} attention mask", MASK, DType.BOOL, MASKING)
+                if eager:
+                    mask = self.tape.new(f"{key} attention mask", MASK, self.dtype, MASKING)
+                self.masks[key] = mask
+
+    def exceeds(self, kind: LayerKind) -> bool:
+        """Whether the length is beyond this kind's window."""
+        return self.tape.regime.exceeds_window and kind.sliding_window is not None
+
+    def attend(self, kind: LayerKind, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
+        """Run attention as the chosen implementation does, and return [b, s, H*d].
+
+        Args:
+            q: [b, s, H, d]
+            k: [b, s, KV, d]
+            v: [b, s, KV, d]
+            p: dropout on the attention weights.
+        """
+        if self.settings.keeps_cache:
+            self.cache += [k, v]
+        mask = self.masks.get("sliding" if kind.sliding_window is not None else "full")
+        out = self._kernel(kind.heads, q, k, v, mask, p)
+        return view(out, (BATCH, SEQ, dim("H·d", kind.heads.query.value * kind.heads.width.value)))
+
+    def _kernel(
+        self, heads: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float
+    ) -> Tensor:
+        if self.settings.attention == "eager":
+            return attention.eager(q, k, v, mask, heads, p)
+        if mask is not None:
+            keys, values = (attention.repeat_heads(each, heads) for each in (k, v))
+            return attention.efficient(q, keys, values, mask, heads)
+        half = self.tape.autocast if self.tape.autocast_enabled else None
+        if (half or q.dtype).is_half:
+            return attention.flash(q, k, v, heads)
+        if heads.groups == 1:
+            return attention.efficient(q, k, v, None, heads)
+        return attention.math_causal(q, k, v, heads)
+
+    # -- feed-forward -------------------------------------------------------------------------
+
+    def gated_mlp(self, x: Tensor, activation: str, names: tuple[str, str, str]) -> Tensor:
+        """Run `down(act(gate(x)) * up(x))`.
+
+        Source: hf-modeling, llama/modeling_llama.py, LlamaMLP.forward.
+        """
+        gate, up, down = names
+        hidden = activate(self.linear(x, gate), activation)
+        return self.linear(ops.mul(hidden, self.linear(x, up), "gated product"), down)
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Return `x / rms(x)` in fp32."""
+    hidden = ops.cast(x, F32)
+    variance = ops.mean_last(ops.power(hidden))
+    return ops.mul(hidden, ops.rsqrt(ops.shift(variance)), "normalized")
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """Return `cat(-x2, x1)` of the two halves of the last dimension."""
+    width = x.shape[-1]
+    half = dim("d/2", width.value // 2)
+    first, second = ops.narrow(x, half), ops.narrow(x, half)
+    return ops.cat_last((ops.neg(second), first), width)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """Run an activation by the name that `config.json` gives it."""
+    try:
+        return ACTIVATIONS[name](x)
+    except KeyError:
+        raise UnsupportedModelError(
+            f"activation {name!r} has no source here yet; known: {', '.join(sorted(ACTIVATIONS))}"
+        ) from None
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """GELU by tanh, written out in separate operators (NewGELUActivation).
+
+    Source: hf-modeling, activations.py, NewGELUActivation.forward.
+    """
+    inner = ops.add(x, ops.scale(ops.power(x, "cube")), "inner sum")
+    bent = ops.shift(ops.tanh(ops.scale(inner)))
+    return ops.mul(ops.scale(x), bent)
+
+
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "silu": ops.silu,
+    "swish": ops.silu,
+    "gelu": ops.gelu,
+    "gelu_pytorch_tanh": ops.gelu,
+    "gelu_new": gelu_new,
+    "gelu_fast": gelu_new,
+    "relu": ops.relu,
+}

@@ -1,0 +1,264 @@
+"""What a model is made of: modules with their tensors, layer kinds, and how often each occurs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from estimator.dtypes import DType
+from estimator.eager.attention import Heads
+from estimator.eager.size import Dim, Shape, elements
+from estimator.eager.tensor import Param, Tensor
+from estimator.sources import Cite
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """One parameter tensor of a module, or one stored tensor that stands for it.
+
+    Args:
+        name: the tensor's name inside its module, such as `weight` or `lora_A.weight`.
+        shape: dimensions, none of which is the micro-batch or the length.
+        dtype: how it is stored.
+        trainable: whether it gets a gradient.
+        stands_for: parameters it counts for; packed 4-bit weights stand for more than they hold.
+    """
+
+    name: str
+    shape: Shape
+    dtype: DType
+    trainable: bool
+    stands_for: int | None = None
+    source: Cite = Cite("hf-modeling", "parameters of the model class")  # noqa: RUF009 - frozen
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that this tensor holds or stands for."""
+        return elements(self.shape)[0] if self.stands_for is None else self.stands_for
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its storage."""
+        return elements(self.shape)[0] * self.dtype.width
+
+
+class Forward(Protocol):
+    """What a module or a family needs while the forward pass runs (estimator.model.forward)."""
+
+    def param(self, module: str, weight: Weight) -> Param:
+        """Return the parameter behind a weight; the same one at every call."""
+        ...
+
+
+class Adapter(Protocol):
+    """What a PEFT method adds to one linear layer."""
+
+    def weights(self, linear: Linear) -> tuple[Weight, ...]:
+        """Return the tensors that it adds."""
+        ...
+
+    def forward(self, run: Any, linear: Linear, x: Tensor) -> Tensor:
+        """Run the layer with the adapter around it."""
+        ...
+
+
+class WeightFormat(Protocol):
+    """How a linear layer stores its weight other than as a plain tensor."""
+
+    def weights(self, linear: Linear) -> tuple[Weight, ...]:
+        """Return the stored tensors."""
+        ...
+
+    def forward(self, run: Any, linear: Linear, x: Tensor) -> Tensor:
+        """Run the layer's matrix product."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Module:
+    """A named part of the model; `dtype` is how it is stored."""
+
+    name: str
+    dtype: DType = DType.FLOAT32
+    trainable: bool = True
+
+    def weights(self) -> tuple[Weight, ...]:
+        """Return the module's parameter tensors."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Linear(Module):
+    """A linear layer from `fan_in` to `fan_out`.
+
+    Args:
+        transposed: GPT-2's Conv1D, which stores [in, out].
+        format: set when the weight is quantized.
+        adapter: set when a PEFT method targets the layer.
+    """
+
+    fan_in: Dim
+    fan_out: Dim
+    bias: bool = False
+    transposed: bool = False
+    format: WeightFormat | None = None
+    adapter: Adapter | None = None
+
+    def weight(self) -> Weight:
+        """Return the plain weight matrix."""
+        shape = (self.fan_in, self.fan_out) if self.transposed else (self.fan_out, self.fan_in)
+        return Weight("weight", shape, self.dtype, self.trainable)
+
+    def bias_weight(self) -> Weight | None:
+        """Return the bias, if there is one."""
+        return Weight("bias", (self.fan_out,), self.dtype, self.trainable) if self.bias else None
+
+    def weights(self) -> tuple[Weight, ...]:
+        stored = self.format.weights(self) if self.format else (self.weight(),)
+        bias = self.bias_weight()
+        added = self.adapter.weights(self) if self.adapter else ()
+        return (*stored, *((bias,) if bias else ()), *added)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Norm(Module):
+    """A normalisation with a weight and, for LayerNorm, a bias."""
+
+    width: Dim
+    bias: bool = False
+
+    def weights(self) -> tuple[Weight, ...]:
+        names = ("weight", "bias") if self.bias else ("weight",)
+        return tuple(Weight(name, (self.width,), self.dtype, self.trainable) for name in names)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Embedding(Module):
+    """A table of `rows` vectors."""
+
+    rows: Dim
+    width: Dim
+
+    def weights(self) -> tuple[Weight, ...]:
+        return (Weight("weight", (self.rows, self.width), self.dtype, self.trainable),)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerKind:
+    """One kind of decoder layer: its modules by name, and the shape of its attention.
+
+    Args:
+        name: what the layer is called in the output, such as `layer` or `sliding layer`.
+        sliding_window: tokens that attention looks back, if limited.
+        facts: whatever else the family's forward pass asks of this kind.
+    """
+
+    name: str
+    modules: tuple[Module, ...]
+    heads: Heads
+    sliding_window: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Buffer:
+    """A tensor that is no parameter but lives on the GPU as long as the model."""
+
+    name: str
+    shape: Shape
+    dtype: DType
+
+
+class Family(Protocol):
+    """How a model family computes; one file in `estimator/model/families/` each."""
+
+    def embed(self, run: Any, ids: Tensor) -> Tensor:
+        """Return the input of the first layer."""
+        ...
+
+    def layer(self, run: Any, kind: LayerKind, hidden: Tensor) -> Tensor:
+        """Return the output of one decoder layer."""
+        ...
+
+    def final(self, run: Any, hidden: Tensor) -> Tensor:
+        """Return the input of the head."""
+        ...
+
+    def logits(self, run: Any, hidden: Tensor) -> Tensor:
+        """Return the logits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelSpec:
+    """A causal language model.
+
+    Args:
+        model_type: as `config.json` says.
+        pattern: for each layer, the index of its kind.
+        tied: the head shares its weight with the first embedding.
+        max_positions: the longest sequence that a table of positions allows, if there is one.
+        rotary_width: width of the rotary tables; 0 without rotary positions.
+    """
+
+    model_type: str
+    family: Family
+    hidden: Dim
+    vocab: Dim
+    embeddings: tuple[Module, ...]
+    kinds: tuple[LayerKind, ...]
+    pattern: tuple[int, ...]
+    final: tuple[Module, ...]
+    head: Linear
+    tied: bool
+    buffers: tuple[Buffer, ...] = ()
+    max_positions: int | None = None
+    rotary_width: int = 0
+    notes: tuple[str, ...] = ()
+
+    def module_counts(self) -> Iterator[tuple[Module, int]]:
+        """Yield every module with the number of times it occurs; a tied head is left out."""
+        for module in self.embeddings:
+            yield module, 1
+        counts = Counter(self.pattern)
+        for index, kind in enumerate(self.kinds):
+            for module in kind.modules:
+                yield module, counts[index]
+        for module in self.final:
+            yield module, 1
+        if not self.tied:
+            yield self.head, 1
+
+    def tensors(self) -> Iterator[tuple[Module, Weight, int]]:
+        """Yield every stored parameter tensor with its module and count; tied ones once."""
+        for module, count in self.module_counts():
+            for weight in module.weights():
+                yield module, weight, count
+        if self.tied and self.head.adapter is not None:
+            for weight in self.head.adapter.weights(self.head):
+                yield self.head, weight, 1
+
+    def total_parameters(self) -> int:
+        """Count all parameters; tied tensors once, packed ones by what they stand for."""
+        return sum(weight.parameters * count for _, weight, count in self.tensors())
+
+    def trainable_parameters(self) -> int:
+        """Count the parameters that get a gradient."""
+        return sum(
+            weight.parameters * count for _, weight, count in self.tensors() if weight.trainable
+        )
+
+    def map_modules(self, change: Any) -> ModelSpec:
+        """Return a copy with `change(module)` in place of each module, the head included."""
+        return replace(
+            self,
+            embeddings=tuple(change(each) for each in self.embeddings),
+            kinds=tuple(
+                replace(kind, modules=tuple(change(each) for each in kind.modules))
+                for kind in self.kinds
+            ),
+            final=tuple(change(each) for each in self.final),
+            head=change(self.head),
+        )

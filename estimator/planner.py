@@ -1,0 +1,213 @@
+"""The inverse answers: the largest run that fits, the smallest card, the changes that help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from estimator.catalog import Gpu, gpus
+from estimator.errors import EstimatorError
+from estimator.pipeline import Device, Engine, device_of, engine_for
+from estimator.request import (
+    MAX_MICRO_BATCH_SIZE,
+    MAX_SEQ_LEN,
+    EstimateRequest,
+    Lora,
+    expand_short_forms,
+)
+from estimator.result import Limits, Suggestion, Verdict
+from estimator.verdict import judge
+
+SHOWN: Final = 3
+_RANK: Final = {"none": 0, "slower": 1, "changes training": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request with its model and card, as the planner varies it."""
+
+    request: EstimateRequest
+    config: Mapping[str, Any]
+    name: str
+    gpu: Gpu | None
+
+
+def limits(question: Question) -> Limits:
+    """Return the largest micro-batch and length that fit, and the smallest card that would do."""
+    request = question.request
+    engine = engine_for(request, question.config, question.name)
+    device = device_of(question.gpu, request)
+    batch = length = None
+    if device.capacity.usable_bytes is not None:
+        longest = engine.run.spec.max_positions or MAX_SEQ_LEN
+        batch = _largest(
+            lambda b: engine.verdict(b, request.seq_len, device) == "fits", MAX_MICRO_BATCH_SIZE
+        )
+        length = _largest(
+            lambda s: engine.verdict(request.micro_batch_size, s, device) == "fits", longest
+        )
+    return Limits(
+        max_micro_batch_size=batch,
+        max_seq_len=length,
+        smallest_gpu=_smallest_gpu(engine, request),
+        min_gpus=_min_gpus(engine, request, device),
+    )
+
+
+def _min_gpus(engine: Engine, request: EstimateRequest, device: Device) -> int | None:
+    """Return 1 where one card does; more cards hold copies, so they do not help here."""
+    verdict = engine.verdict(request.micro_batch_size, request.seq_len, device)
+    return 1 if verdict == "fits" else None
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest number up to `most` that fits, 0 if not even 1 does.
+
+    What a run needs grows with the number, so doubling and halving find the edge.
+    """
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _smallest_gpu(engine: Engine, request: EstimateRequest) -> str | None:
+    """Return the card with the least usable memory on which the request fits.
+
+    Laptop cards are left out, and so are cards without the kernels that the request asks for.
+    """
+    b, s = request.micro_batch_size, request.seq_len
+    readings: dict[int, int] = {}
+    for gpu in _candidates(request):
+        constants = device_of(gpu, request).constants
+        workspace = constants.cublas_workspace
+        if workspace not in readings:
+            readings[workspace] = engine.read(b, s, constants).allocated
+        used = engine.device_used(readings[workspace], constants)
+        if judge(used, gpu.usable_bytes) == "fits":
+            return gpu.key
+    return None
+
+
+def _candidates(request: EstimateRequest) -> list[Gpu]:
+    half = request.precision in ("bf16", "amp_bf16", "master_bf16")
+    flash = request.attention == "flash_attention_2"
+    return [
+        gpu
+        for gpu in _by_memory()
+        if (gpu.bf16_supported or not half) and (gpu.flash_attention_2_supported or not flash)
+    ]
+
+
+def _by_memory() -> list[Gpu]:
+    cards = [
+        gpu
+        for gpu in gpus()
+        if gpu.vendor == "NVIDIA" and not gpu.laptop and gpu.usable_bytes is not None
+    ]
+    return sorted(cards, key=lambda gpu: (gpu.usable_bytes or 0, gpu.key))
+
+
+# -- suggestions -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    fields: dict[str, Any]
+    summary: str
+    cost: Literal["none", "slower", "changes training"]
+
+
+def suggestions(question: Question) -> tuple[Suggestion, ...]:
+    """Return up to three changes that make the run fit cheapest, or else save most."""
+    before = _used(question, question.request)
+    found = []
+    for change in _changes(question.request):
+        after = _used(question, _changed(question.request, change.fields))
+        if after is None or before is None or after[0] >= before[0]:
+            continue
+        found.append(
+            Suggestion(
+                change=change.fields,
+                summary=change.summary,
+                saves_bytes=before[0] - after[0],
+                cost=change.cost,
+                verdict_after=after[1],
+            )
+        )
+    return tuple(sorted(found, key=_usefulness)[:SHOWN])
+
+
+def _usefulness(each: Suggestion) -> tuple[int, int, int]:
+    """Rank what fits before what does not, then the cheap before the dear, then by saving."""
+    fits = 0 if each.verdict_after == "fits" else 1
+    return (fits, _RANK[each.cost] if fits == 0 else 0, -each.saves_bytes)
+
+
+def _used(question: Question, request: EstimateRequest | None) -> tuple[int, Verdict] | None:
+    """Return the expected device memory and the verdict of a request, None where it is refused."""
+    if request is None:
+        return None
+    try:
+        engine = engine_for(request, question.config, question.name)
+    except EstimatorError:
+        return None
+    device = device_of(question.gpu, request)
+    reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
+    used = engine.device_used(reading.allocated, device.constants)
+    return used.expected, judge(used, device.capacity.usable_bytes)
+
+
+def _changed(request: EstimateRequest, fields: dict[str, Any]) -> EstimateRequest | None:
+    values = request.model_dump(mode="json")
+    values.update(expand_short_forms(fields))
+    return EstimateRequest.model_validate(values, strict=False)
+
+
+def _changes(request: EstimateRequest) -> Iterator[_Change]:
+    """Yield what may be changed: first what costs nothing, then what slows, then what differs."""
+    if request.attention == "eager":
+        yield _Change({"attention": "sdpa"}, "attention sdpa", "none")
+    if request.padding and request.attention != "flash_attention_2":
+        change = {"attention": "flash_attention_2"}
+        yield _Change(change, "attention flash_attention_2, which needs no dense mask", "none")
+    if request.loop.keep_outputs:
+        loop = {**request.loop.model_dump(), "keep_outputs": False}
+        yield _Change({"loop": loop}, "drop the outputs before backward", "none")
+    if request.optimizer.name in ("adam", "adamw"):
+        if request.optimizer.implementation in ("foreach", "single"):
+            fused = {**request.optimizer.model_dump(), "implementation": "fused"}
+            yield _Change({"optimizer": fused}, f"fused {request.optimizer.name}", "none")
+        small = {"name": "adamw_8bit"}
+        yield _Change({"optimizer": small}, "optimizer adamw_8bit", "changes training")
+    if request.activation_checkpointing == "none":
+        change = {"activation_checkpointing": "full"}
+        yield _Change(change, "full activation checkpointing", "slower")
+    if request.micro_batch_size > 1:
+        steps = request.gradient_accumulation_steps * request.micro_batch_size
+        yield _Change(
+            {"micro_batch_size": 1, "gradient_accumulation_steps": steps},
+            f"micro-batch 1 with {steps} accumulation steps (same global batch)",
+            "slower",
+        )
+    if request.precision in ("fp32", "amp_bf16", "amp_fp16") and request.quantization is None:
+        yield _Change({"precision": "bf16"}, "bf16 weights", "changes training")
+    if not isinstance(request.method, Lora):
+        yield _Change({"method": {"name": "lora"}}, "LoRA, r=16, all-linear", "changes training")
+    if request.quantization is None and request.precision in ("bf16", "fp16", "fp32"):
+        method = request.method if isinstance(request.method, Lora) else Lora()
+        packed: dict[str, Any] = {"method": method.model_dump(mode="json")}
+        packed["quantization"] = {"name": "nf4"}
+        if request.activation_checkpointing == "none":
+            packed["activation_checkpointing"] = "full"
+        yield _Change(packed, "QLoRA (nf4) with full checkpointing", "changes training")
+    if request.seq_len > 1:
+        half = request.seq_len // 2
+        yield _Change({"seq_len": half}, f"length {half}", "changes training")

@@ -1,0 +1,154 @@
+"""From a request and a configuration to a run: defaults filled in, what has no source refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from estimator.dtypes import DType
+from estimator.errors import InvalidRequestError, UnsupportedCombinationError
+from estimator.model.families import read_spec
+from estimator.model.forward import Settings
+from estimator.model.spec import ModelSpec
+from estimator.request import EstimateRequest, Lora, Parallelism
+from estimator.run import OptimizerChoice, Run
+from estimator.techniques.execution import Attention, FullCheckpointing, Training
+from estimator.techniques.lora import Lora as LoraTechnique
+from estimator.techniques.optimizers import OPTIMIZERS
+from estimator.techniques.precision import PRECISIONS, Precision
+from estimator.techniques.quantization import Quantize
+from estimator.techniques.stage import Technique, apply_all
+
+_COMPUTE: Final = {each.label: each for each in DType}
+
+
+def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> Run:
+    """Return the run that a request asks for.
+
+    Raises:
+        InvalidRequestError: fields that contradict each other or the model.
+        UnsupportedCombinationError: something that has no source here yet, by name.
+        UnsupportedModelError, InvalidConfigError: from the model's configuration.
+    """
+    _refuse_unsupported(request)
+    optimizer = optimizer_choice(request)
+    spec = read_spec(config, name)
+    _refuse_contradictions(request)
+    bare = Run(spec=spec, settings=Settings(), optimizer=optimizer)
+    run = apply_all(_techniques(request, optimizer), bare)
+    if run.spec.trainable_parameters() == 0:
+        raise InvalidRequestError("nothing is trainable with this method and these targets")
+    return run
+
+
+def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
+    """Return the optimizer with its implementation filled in.
+
+    Raises:
+        InvalidRequestError: an optimizer, an implementation or a momentum that there is not.
+    """
+    asked = request.optimizer
+    row = OPTIMIZERS.get(asked.name)
+    if row is None:
+        raise InvalidRequestError(
+            f"unknown optimizer {asked.name!r}; known: {', '.join(sorted(OPTIMIZERS))}"
+        )
+    implementation = asked.implementation or row.default
+    if implementation not in row.temporaries:
+        raise InvalidRequestError(
+            f"optimizer {asked.name!r} has no implementation {implementation!r}; it has "
+            f"{', '.join(sorted(row.temporaries))}"
+        )
+    if asked.momentum and asked.name != "sgd":
+        raise InvalidRequestError(f"momentum is a setting of sgd, not of {asked.name!r}")
+    return OptimizerChoice(asked.name, implementation, asked.momentum, master_weights=False)
+
+
+def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[Technique, ...]:
+    chosen: list[Technique] = [
+        _storage(request),
+        Attention(request.attention, request.padding),
+        Training(
+            optimizer,
+            accumulates=request.gradient_accumulation_steps > 1,
+            keeps_outputs=request.loop.keep_outputs,
+            use_cache=request.loop.use_cache,
+        ),
+    ]
+    method = request.method
+    if isinstance(method, Lora):
+        stored = DType.FLOAT32 if method.adapter_dtype == "float32" else None
+        chosen.append(LoraTechnique(method.r, method.lora_dropout, method.target_modules, stored))
+    if request.quantization is not None:
+        chosen.append(_quantize(request))
+    if request.activation_checkpointing == "full":
+        chosen.append(FullCheckpointing())
+    return tuple(chosen)
+
+
+def _storage(request: EstimateRequest) -> Precision:
+    return Precision(request.precision, request.autocast)
+
+
+def _quantize(request: EstimateRequest) -> Quantize:
+    asked = request.quantization
+    assert asked is not None
+    return Quantize(
+        double_quant=asked.double_quant,
+        compute=_COMPUTE[asked.compute_dtype],
+        stored=PRECISIONS[request.precision].storage,
+        prepare_kbit=asked.prepare_kbit,
+    )
+
+
+def _refuse_unsupported(request: EstimateRequest) -> None:
+    """Refuse by name what the document can say and this version cannot answer."""
+    default = Parallelism()
+    method = request.method
+    refused = {
+        f"task {request.task!r}": request.task not in ("sft", "pretrain"),
+        f"activation_checkpointing {request.activation_checkpointing!r} (known: none, full)": (
+            request.activation_checkpointing not in ("none", "full")
+        ),
+        f"attention {request.attention!r}": (
+            request.attention not in ("eager", "sdpa", "flash_attention_2")
+        ),
+        f"loss {request.loss!r}": request.loss != "standard",
+        f"kernels {list(request.kernels)}": bool(request.kernels),
+        "packing": request.packing,
+        "optimizer.in_backward": request.optimizer.in_backward,
+        "loop.set_to_none=false": not request.loop.set_to_none,
+        "parallelism other than one GPU": (
+            request.parallelism != default or request.hardware.num_gpus != 1
+        ),
+        "method.modules_to_save": isinstance(method, Lora) and bool(method.modules_to_save),
+        "method.bias": isinstance(method, Lora) and method.bias != "none",
+    }
+    for what, refuse in refused.items():
+        if refuse:
+            raise UnsupportedCombinationError(f"{what} has no sourced answer here yet")
+
+
+def _refuse_contradictions(request: EstimateRequest) -> None:
+    if request.quantization is not None and not isinstance(request.method, Lora):
+        raise InvalidRequestError(
+            "4-bit weights cannot be trained; choose method 'lora' (together they are QLoRA)"
+        )
+    if request.quantization is not None and request.precision not in ("bf16", "fp16", "fp32"):
+        raise InvalidRequestError(
+            f"precision {request.precision!r} does not go with 4-bit weights; choose bf16, fp16 or "
+            "fp32, and autocast beside it"
+        )
+
+
+def check_length(spec: ModelSpec, seq_len: int) -> None:
+    """Refuse a length that the model's table of positions does not reach.
+
+    Raises:
+        InvalidRequestError: the table is shorter.
+    """
+    if spec.max_positions is not None and seq_len > spec.max_positions:
+        raise InvalidRequestError(
+            f"seq_len {seq_len} is beyond the {spec.max_positions} positions that this "
+            f"{spec.model_type} model has in its table"
+        )

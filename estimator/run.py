@@ -1,0 +1,44 @@
+"""A resolved run: the model with every technique applied to it, and how its step is executed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from estimator.dtypes import DType
+from estimator.model.forward import Settings
+from estimator.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerChoice:
+    """The optimizer of a run: its row in the table, and how it is implemented."""
+
+    name: str
+    implementation: str
+    momentum: float
+    master_weights: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that the bytes of a step depend on, except the micro-batch and the length.
+
+    Args:
+        spec: the model, with its weights' types, formats and adapters set.
+        autocast: the type that autocast casts to, or None.
+        checkpointing: every decoder layer is recomputed in backward.
+        accumulates: gradients of earlier micro-batches are there while a later one runs.
+        keeps_outputs: the loop holds the model's outputs until backward has ended.
+        input_requires_grad: the embeddings' output is made to want a gradient.
+        loss: which version of the standard loss runs.
+    """
+
+    spec: ModelSpec
+    settings: Settings
+    optimizer: OptimizerChoice
+    autocast: DType | None = None
+    checkpointing: bool = False
+    accumulates: bool = False
+    keeps_outputs: bool = False
+    input_requires_grad: bool = False
+    loss: str = "transformers-5"

@@ -1,0 +1,150 @@
+"""Where every number comes from: one row for each source, and the pointer that a row carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Cite:
+    """A source and the exact place in it: equation, table and row, or file and function."""
+
+    key: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """A number that we chose; it has a reason instead of a source, and users see it."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"assumed: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A paper, a pinned version of upstream code, or a measurement of ours."""
+
+    kind: Literal["paper", "code", "measurement"]
+    title: str
+    url: str
+
+
+_TORCH: Final = "https://github.com/pytorch/pytorch/blob/v2.13.0"
+_HF: Final = "https://github.com/huggingface/transformers/blob/v5.23.0"
+
+SOURCES: Final[dict[str, Source]] = {
+    "torch-derivatives": Source(
+        "code",
+        "PyTorch 2.13.0, which tensors each operator saves for backward",
+        f"{_TORCH}/tools/autograd/derivatives.yaml",
+    ),
+    "torch-autograd": Source(
+        "code", "PyTorch 2.13.0, the backward engine", f"{_TORCH}/torch/csrc/autograd"
+    ),
+    "torch-autocast": Source(
+        "code",
+        "PyTorch 2.13.0, the cast policy of each operator",
+        f"{_TORCH}/aten/src/ATen/autocast_mode.h",
+    ),
+    "torch-checkpoint": Source(
+        "code",
+        "PyTorch 2.13.0, activation checkpointing",
+        f"{_TORCH}/torch/utils/checkpoint.py",
+    ),
+    "torch-sdpa": Source(
+        "code",
+        "PyTorch 2.13.0, scaled dot product attention on CUDA",
+        f"{_TORCH}/aten/src/ATen/native/transformers/cuda",
+    ),
+    "torch-embedding": Source(
+        "code",
+        "PyTorch 2.13.0, backward of the embedding on CUDA",
+        f"{_TORCH}/aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu",
+    ),
+    "torch-optim": Source("code", "PyTorch 2.13.0, optimizers", f"{_TORCH}/torch/optim"),
+    "torch-allocator": Source(
+        "code",
+        "PyTorch 2.13.0, CUDA caching allocator",
+        f"{_TORCH}/c10/cuda/CUDACachingAllocator.cpp",
+    ),
+    "torch-cublas": Source(
+        "code",
+        "PyTorch 2.13.0, cuBLAS handles and workspaces",
+        f"{_TORCH}/aten/src/ATen/cuda/CublasHandlePool.cpp",
+    ),
+    "hf-modeling": Source(
+        "code", "transformers 5.23.0, model classes", f"{_HF}/src/transformers/models"
+    ),
+    "hf-loss": Source(
+        "code",
+        "transformers 5.23.0, loss of causal language models",
+        f"{_HF}/src/transformers/loss/loss_utils.py",
+    ),
+    "hf-masking": Source(
+        "code",
+        "transformers 5.23.0, attention masks",
+        f"{_HF}/src/transformers/masking_utils.py",
+    ),
+    "hf-optimization": Source(
+        "code", "transformers 5.23.0, Adafactor", f"{_HF}/src/transformers/optimization.py"
+    ),
+    "hf-trainer": Source(
+        "code", "transformers 5.23.0, Trainer", f"{_HF}/src/transformers/trainer.py"
+    ),
+    "accelerate": Source(
+        "code",
+        "Accelerate 1.15.0, mixed precision",
+        "https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
+    ),
+    "peft": Source(
+        "code",
+        "PEFT 0.21.2, adapter layers",
+        "https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners",
+    ),
+    "bitsandbytes": Source(
+        "code",
+        "bitsandbytes 0.50.2, 4-bit layers and 8-bit optimizers",
+        "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes",
+    ),
+    "flash-attention": Source(
+        "code",
+        "FlashAttention 2, CUDA host code",
+        "https://github.com/Dao-AILab/flash-attention/blob/v2.8.3/csrc/flash_attn/flash_api.cpp",
+    ),
+    "kingma2014": Source(
+        "paper", "Adam: a method for stochastic optimization", "https://arxiv.org/abs/1412.6980"
+    ),
+    "shazeer2018": Source(
+        "paper",
+        "Adafactor: adaptive learning rates with sublinear memory cost",
+        "https://arxiv.org/abs/1804.04235",
+    ),
+    "dettmers2022": Source(
+        "paper",
+        "8-bit optimizers via block-wise quantization",
+        "https://arxiv.org/abs/2110.02861",
+    ),
+    "dettmers2023": Source(
+        "paper", "QLoRA: efficient finetuning of quantized LLMs", "https://arxiv.org/abs/2305.14314"
+    ),
+    "hu2021": Source(
+        "paper",
+        "LoRA: low-rank adaptation of large language models",
+        "https://arxiv.org/abs/2106.09685",
+    ),
+    "micikevicius2018": Source(
+        "paper", "Mixed precision training", "https://arxiv.org/abs/1710.03740"
+    ),
+    "megatron-optimizer": Source(
+        "code",
+        "Megatron-LM, Float16OptimizerWithFloat16Params",
+        "https://github.com/NVIDIA/Megatron-LM/blob/core_v0.12.0/megatron/core/optimizer/optimizer.py",
+    ),
+}

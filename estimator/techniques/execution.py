@@ -1,0 +1,60 @@
+"""How the step runs: attention kernel, checkpointing, accumulation, the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from estimator.run import OptimizerChoice, Run
+from estimator.techniques.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Which implementation runs, and whether the batch is padded."""
+
+    stage: ClassVar[Stage] = Stage.KERNEL
+    name: str
+    padding: bool
+
+    def apply(self, run: Run) -> Run:
+        """Set the attention of every layer."""
+        settings = replace(run.settings, attention=self.name, padding=self.padding)
+        return replace(run, settings=settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The optimizer, gradient accumulation, and what the loop keeps."""
+
+    stage: ClassVar[Stage] = Stage.TRAIN
+    optimizer: OptimizerChoice
+    accumulates: bool
+    keeps_outputs: bool
+    use_cache: bool
+
+    def apply(self, run: Run) -> Run:
+        """Set how the loop trains; master weights were decided with the precision."""
+        optimizer = replace(self.optimizer, master_weights=run.optimizer.master_weights)
+        return replace(
+            run,
+            optimizer=optimizer,
+            accumulates=self.accumulates,
+            keeps_outputs=self.keeps_outputs,
+            settings=replace(run.settings, keeps_cache=self.use_cache),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FullCheckpointing:
+    """Recompute every decoder layer in backward; nothing but its input is kept.
+
+    The Trainer makes the embeddings' output want a gradient where the model is frozen.
+    """
+
+    stage: ClassVar[Stage] = Stage.CHECKPOINT
+
+    def apply(self, run: Run) -> Run:
+        """Checkpoint every layer; a cache cannot be kept with it."""
+        settings = replace(run.settings, keeps_cache=False)
+        return replace(run, checkpointing=True, input_requires_grad=True, settings=settings)

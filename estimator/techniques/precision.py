@@ -1,0 +1,55 @@
+"""Precision: how the weights are stored, and whether autocast runs over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final
+
+from estimator.dtypes import DType
+from estimator.model.spec import Linear, Module
+from estimator.run import Run
+from estimator.techniques.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """One word of the request's `precision`."""
+
+    storage: DType
+    autocast: DType | None = None
+    master_weights: bool = False
+
+
+PRECISIONS: Final[dict[str, Regime]] = {
+    "fp32": Regime(DType.FLOAT32),
+    "bf16": Regime(DType.BFLOAT16),
+    "fp16": Regime(DType.FLOAT16),
+    "master_bf16": Regime(DType.BFLOAT16, master_weights=True),
+    "amp_bf16": Regime(DType.FLOAT32, DType.BFLOAT16),
+    "amp_fp16": Regime(DType.FLOAT32, DType.FLOAT16),
+}
+AUTOCAST: Final[dict[str, DType]] = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Store every weight in one type; keep fp32 master copies where the word says so."""
+
+    stage: ClassVar[Stage] = Stage.STORE
+    name: str
+    autocast: str | None
+
+    def apply(self, run: Run) -> Run:
+        """Set the type of every module that is not quantized."""
+        regime = PRECISIONS[self.name]
+        autocast = AUTOCAST[self.autocast] if self.autocast is not None else regime.autocast
+
+        def store(module: Module) -> Module:
+            if isinstance(module, Linear) and module.format is not None:
+                return module
+            return replace(module, dtype=regime.storage)
+
+        optimizer = replace(run.optimizer, master_weights=regime.master_weights)
+        return replace(
+            run, spec=run.spec.map_modules(store), autocast=autocast, optimizer=optimizer
+        )

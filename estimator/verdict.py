@@ -1,0 +1,38 @@
+"""From a range and a capacity to a verdict, and from a verdict to one sentence."""
+
+from __future__ import annotations
+
+from estimator.result import Capacity, Peak, Range, Suggestion, Verdict
+from estimator.units import gib
+
+
+def judge(device_used: Range, usable_bytes: int | None) -> Verdict:
+    """Return whether a run fits: certainly, maybe, or not at all.
+
+    `fits` needs the high end of the range to fit, `does_not_fit` the low end not to; between the
+    two it is `tight`. Without a capacity there is nothing to judge by.
+    """
+    if usable_bytes is None:
+        return "unknown"
+    if device_used.high <= usable_bytes:
+        return "fits"
+    return "does_not_fit" if device_used.low > usable_bytes else "tight"
+
+
+def sentence(
+    verdict: Verdict, peak: Peak, capacity: Capacity, suggestions: tuple[Suggestion, ...]
+) -> str:
+    """Return the answer in one breath: the need, the offer, the moment, the cheapest fix."""
+    used = peak.device_used_bytes
+    need = f"{gib(used.low)} to {gib(used.high)} of device memory"
+    when = f"the peak is the moment {peak.moment!r}"
+    if capacity.usable_bytes is None:
+        return f"Needs {need}; {when}. Not judged: {capacity.source}."
+    card = capacity.gpu or "the card"
+    offer = f"{card} offers {gib(capacity.usable_bytes)}"
+    opening = {"fits": "Fits", "tight": "Tight", "does_not_fit": "Does not fit"}[verdict]
+    text = f"{opening}: needs {need}, {offer}; {when}."
+    helping = next((each for each in suggestions if each.verdict_after == "fits"), None)
+    if verdict == "fits" or helping is None:
+        return text
+    return f"{text} Cheapest change that fits: {helping.summary} (-{gib(helping.saves_bytes)})."

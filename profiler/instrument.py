@@ -1,0 +1,456 @@
+"""Follow the life of every storage while real code runs: who allocated it, when it dies.
+
+`Meter` is a dispatch mode. It sees each operator below autograd, registers the storages that the
+operator's results live on, and hears of a storage's death through a weak reference. Layers, module
+paths and the place in the backward pass come from module hooks and from autograd's sequence
+numbers: a node of the backward graph carries the number it got when its forward operator ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from estimator.components import Component
+from profiler import trace
+from profiler.known_values import KnownValues
+from profiler.workspaces import Workspaces
+
+_DEVICE: Final = torch.ops.prim.device.default
+_ADD: Final = torch.ops.aten.add.Tensor
+# Reference counts that the dispatcher itself holds on a tensor, and on its storage, that autograd
+# alone owns; found by counting and held by a test against real memory events.
+_TENSOR_REFERENCES: Final = 4
+_STORAGE_REFERENCES: Final = 2
+_ACCUMULATE_GRAD: Final = 2**64 - 1
+
+
+class _Death(weakref.ref):
+    """A weak reference to a storage that remembers which one it was."""
+
+    __slots__ = ("index",)
+
+    index: int
+
+
+class _Record:
+    """One storage while its story is still being written."""
+
+    __slots__ = ("bytes", "component", "dtype", "layer", "module", "operator", "phase", "shape")
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        dtype: str,
+        shape: tuple[int, ...],
+        phase: str,
+        module: str,
+        layer: int | None,
+        operator: str,
+        component: Component,
+    ) -> None:
+        self.bytes, self.dtype, self.shape = size, dtype, shape
+        self.phase, self.module, self.layer = phase, module, layer
+        self.operator, self.component = operator, component
+
+    def freeze(self) -> trace.Storage:
+        return trace.Storage(
+            bytes=self.bytes,
+            dtype=self.dtype,
+            shape=self.shape,
+            component=self.component,
+            phase=self.phase,
+            module=self.module,
+            layer=self.layer,
+            operator=self.operator,
+        )
+
+
+class Meter(TorchDispatchMode):
+    """Record births and deaths of storages, in order.
+
+    Args:
+        layers: dotted path of the module list that holds the decoder layers, or None.
+        workspaces: what kernels allocate inside themselves; None to count operators' results only.
+        in_place_accumulation: undo the copy that autograd makes of summed gradients only because
+            a dispatch mode is watching.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: str | None = None,
+        workspaces: Workspaces | None = None,
+        in_place_accumulation: bool = True,
+    ) -> None:
+        super().__init__()
+        self._layer_path = re.compile(rf"{re.escape(layers)}\.(\d+)(\.|$)") if layers else None
+        self._workspaces = workspaces
+        self._in_place = in_place_accumulation
+        self._known = KnownValues()
+        self._records: list[_Record] = []
+        self._events: list[trace.Event] = []
+        self._deaths: dict[int, _Death] = {}
+        self._index: dict[int, int] = {}
+        self._phase = trace.LOAD
+        self._paths: dict[int, str] = {}
+        self._stack: list[str] = []
+        self._layer: int | None = None
+        self._node_starts: list[int] = [0]
+        self._node_places: list[tuple[str, int | None]] = [("", None)]
+        self._loss_sequence: int | None = None
+        self._parameter_paths: dict[int, str] = {}
+        self._parents: dict[int, tuple[int, ...]] = {}
+        self._cublas: set[str] = set()
+        self._steady_from = 0
+
+    # -- what the driver tells ------------------------------------------------------------------
+
+    def phase(self, name: str) -> None:
+        """Begin a phase of the step."""
+        self._layer = None
+        if name == trace.LOSS_FORWARD:
+            self._loss_sequence = torch._C._autograd._get_sequence_nr()
+        elif name == trace.FORWARD:
+            self._loss_sequence = None
+        elif name == trace.BACKWARD and self._loss_sequence is not None:
+            # Autograd runs the newest node first: the loss comes before everything else.
+            name = trace.LOSS_BACKWARD
+        self._phase = name
+
+    def begin_steady_step(self) -> None:
+        """Mark the start of the step that is reported."""
+        self._steady_from = len(self._events)
+
+    def adopt(self, tensor: torch.Tensor, path: str, operator: str, component: Component) -> None:
+        """Register a tensor that lived before tracing began, under the path of its owner."""
+        layer = self._layer_of(path)
+        self._register(tensor, operator, path, layer, component)
+
+    def own(self, tensor: torch.Tensor, parameter: torch.Tensor, component: Component) -> None:
+        """Say that a storage is kept for a parameter, for as long as the optimizer lives."""
+        index = self._index.get(tensor.untyped_storage()._cdata)
+        path = self._parameter_paths.get(id(parameter))
+        if index is not None and path is not None:
+            record = self._records[index]
+            record.component, record.layer = component, self._layer_of(path)
+            record.module = self._shown(path, record.layer)
+
+    def mark(self, tensor: torch.Tensor, component: Component) -> None:
+        """Say to which component a storage belongs, whatever it was taken for at birth."""
+        index = self._index.get(tensor.untyped_storage()._cdata)
+        if index is None:
+            return
+        pending = [index]
+        while pending:
+            index = pending.pop()
+            self._records[index].component = component
+            pending += self._parents.pop(index, ())
+
+    def drop(self, tensor: torch.Tensor) -> None:
+        """Forget a storage that lives in host memory."""
+        index = self._index.pop(tensor.untyped_storage()._cdata, None)
+        if index is not None:
+            del self._deaths[index]
+            self._records[index].bytes = 0
+
+    def trace(self) -> trace.Trace:
+        """Return what was recorded; host tensors are left out."""
+        kept = [index for index, record in enumerate(self._records) if record.bytes]
+        renumbered = {index: new for new, index in enumerate(kept)}
+        steady = sum(event.storage in renumbered for event in self._events[: self._steady_from])
+        return trace.Trace(
+            storages=tuple(self._records[index].freeze() for index in kept),
+            events=tuple(
+                self._resolved(event, renumbered[event.storage])
+                for event in self._events
+                if event.storage in renumbered
+            ),
+            steady_from=steady,
+        )
+
+    def _resolved(self, event: trace.Event, storage: int) -> trace.Event:
+        layer = self._records[event.storage].layer if event.layer is None else event.layer
+        return event._replace(storage=storage, layer=layer)
+
+    # -- modules --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        """Follow the modules of a model, and the gradients of its parameters."""
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        handles = [
+            torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
+            torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
+        ]
+        for path, parameter in model.named_parameters():
+            self._parameter_paths[id(parameter)] = path
+            if parameter.requires_grad:
+                handles.append(parameter.register_hook(self._gradient))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: torch.nn.Module, _: Any) -> None:
+        path = self._paths.get(id(module))
+        if path is None:
+            return
+        self._stack.append(path)
+        layer = self._layer_of(path)
+        if layer is not None or len(self._stack) == 1 or not self._holds_layers(path):
+            self._layer = layer
+        self._note_place()
+
+    def _leave(self, module: torch.nn.Module, *_: Any) -> None:
+        path = self._paths.get(id(module))
+        if path is None or path not in self._stack:
+            return
+        # A recomputation that stops early leaves inner modules without their post-hook.
+        while self._stack.pop() != path:
+            pass
+        self._note_place()
+
+    def _note_place(self) -> None:
+        self._node_starts.append(torch._C._autograd._get_sequence_nr())
+        self._node_places.append((self._stack[-1] if self._stack else "", self._layer))
+
+    def _holds_layers(self, path: str) -> bool:
+        return self._layer_path is not None and self._layer_path.pattern.startswith(
+            re.escape(path)
+        )
+
+    def _layer_of(self, path: str) -> int | None:
+        match = self._layer_path.search(path) if self._layer_path else None
+        return int(match[1]) if match else None
+
+    def _shown(self, path: str, layer: int | None) -> str:
+        """Return a module path with the index of its layer written `*`."""
+        if layer is None or self._layer_path is None:
+            return path
+        return self._layer_path.sub(lambda match: match[0].replace(match[1], "*"), path)
+
+    def _place(self) -> tuple[str, int | None]:
+        """Return the module path and the layer that the current operator works for."""
+        if self._stack:
+            return self._stack[-1], self._layer
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return "", self._layer
+        sequence = node._sequence_nr()
+        if sequence == _ACCUMULATE_GRAD:
+            path = self._parameter_paths.get(id(getattr(node, "variable", None)), "")
+            return path, self._layer_of(path)
+        if self._loss_sequence is not None and self._phase == trace.LOSS_BACKWARD:
+            if sequence < self._loss_sequence:
+                self._phase = trace.BACKWARD
+        return self._node_places[bisect_right(self._node_starts, sequence) - 1]
+
+    # -- operators ------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _DEVICE:
+            return func(*args, **kwargs)
+        path, layer = self._place()
+        if self._phase not in (trace.LOAD, trace.OPTIMIZER_STEP):
+            self._layer = layer
+        if func is _ADD and self._in_place and self._accumulates(args, kwargs):
+            out = torch.ops.aten.add_.Tensor(args[0], args[1])
+        else:
+            known = self._known.scalar(func, args)
+            if known is not None:
+                return known
+            out = func(*args, **kwargs)
+            self._known.follow(func, args, kwargs, out)
+        self._born(func, args, out, path, layer)
+        return out
+
+    def _accumulates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether autograd sums two gradients here and would reuse the first one's storage.
+
+        Follows `accumulate` in torch/csrc/autograd/input_buffer.cpp: with the last reference to a
+        plain dense tensor the sum is made in place. It tests for tensor subclasses first, and any
+        active dispatch mode counts as one, so under this mode it always copies.
+        """
+        if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is None:
+            return False
+        old, new = args[0], args[1]
+        if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+            return False
+        if old.shape != new.shape or old.dtype != new.dtype or not _called_by_engine():
+            return False
+        for index in (old.untyped_storage()._cdata, new.untyped_storage()._cdata):
+            if index not in self._index:
+                return False
+        return (
+            torch.ops.aten.is_non_overlapping_and_dense(old)
+            and old._use_count() == _TENSOR_REFERENCES
+            and torch._C._storage_Use_Count(old.untyped_storage()._cdata) == _STORAGE_REFERENCES
+        )
+
+    def _born(
+        self, func: Any, args: tuple[Any, ...], out: Any, path: str, layer: int | None
+    ) -> None:
+        """Register the storages of an operator's results, and the kernel's own workspaces."""
+        owner = self._owner(args) if self._phase == trace.OPTIMIZER_STEP else None
+        for position, tensor in enumerate(_tensors(out)):
+            if tensor.untyped_storage()._cdata in self._index:
+                continue
+            where = owner(position) if owner else (path, layer)
+            component: Component = (
+                "workspace" if self._phase == trace.OPTIMIZER_STEP else "activations"
+            )
+            self._register(tensor, str(func), *where, component)
+        if func is _ADD and not torch.is_grad_enabled():
+            self._remember_parents(args, out)
+        if self._workspaces is not None:
+            for operator, size in self._workspaces.of(func, args, out):
+                self._transient(operator, size, path, layer)
+            self._cublas_workspace(func)
+
+    def _owner(self, args: tuple[Any, ...]) -> Callable[[int], tuple[str, int | None]]:
+        """Return who owns the results of an optimizer's operator: the owner of its first input."""
+        first = args[0] if args else None
+        inputs = list(first) if isinstance(first, (list, tuple)) else [first]
+
+        def owner(position: int) -> tuple[str, int | None]:
+            tensor = inputs[min(position, len(inputs) - 1)] if inputs else None
+            if isinstance(tensor, torch.Tensor):
+                index = self._index.get(tensor.untyped_storage()._cdata)
+                if index is not None:
+                    return self._records[index].module, self._records[index].layer
+            return "", None
+
+        return owner
+
+    def _remember_parents(self, args: tuple[Any, ...], out: Any) -> None:
+        """A sum of gradients that becomes `.grad` makes gradients of what was summed."""
+        child = self._index.get(out.untyped_storage()._cdata)
+        parents = [
+            self._index.get(value.untyped_storage()._cdata)
+            for value in args
+            if isinstance(value, torch.Tensor)
+        ]
+        if child is not None:
+            self._parents[child] = tuple(
+                index for index in parents if index is not None and index != child
+            )
+
+    def _register(
+        self,
+        tensor: torch.Tensor,
+        operator: str,
+        path: str,
+        layer: int | None,
+        component: Component,
+    ) -> None:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        if size == 0 or storage._cdata in self._index:
+            return
+        index = len(self._records)
+        self._records.append(
+            _Record(
+                size=size,
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                phase=self._phase,
+                module=self._shown(path, layer),
+                layer=layer,
+                operator=operator.removesuffix(".default"),
+                component=component,
+            )
+        )
+        self._index[storage._cdata] = index
+        key = storage._cdata
+
+        def died(_: Any) -> None:
+            self._index.pop(key, None)
+            if self._deaths.pop(index, None) is not None:
+                self._record_event(index, is_alloc=False)
+
+        self._deaths[index] = _Death(storage, died)
+        self._record_event(index, is_alloc=True)
+
+    def _record_event(self, index: int, *, is_alloc: bool) -> None:
+        layer = self._layer if self._phase != trace.OPTIMIZER_STEP else None
+        self._events.append(trace.Event(index, is_alloc, self._phase, layer))
+
+    def _transient(self, operator: str, size: int, path: str, layer: int | None) -> None:
+        """Record a buffer that a kernel takes and gives back before it returns."""
+        index = len(self._records)
+        self._records.append(
+            _Record(
+                size=size,
+                dtype="uint8",
+                shape=(size,),
+                phase=self._phase,
+                module=self._shown(path, layer),
+                layer=layer,
+                operator=operator,
+                component="workspace",
+            )
+        )
+        self._record_event(index, is_alloc=True)
+        self._record_event(index, is_alloc=False)
+
+    def _cublas_workspace(self, func: Any) -> None:
+        """Record cuBLAS's workspace at the first product of the main and the backward thread."""
+        assert self._workspaces is not None
+        thread = "backward" if torch._C._current_graph_task_id() >= 0 else "main"
+        if thread in self._cublas or not self._workspaces.is_matmul(func):
+            return
+        self._cublas.add(thread)
+        index = len(self._records)
+        size = self._workspaces.cublas_bytes
+        self._records.append(
+            _Record(
+                size=size,
+                dtype="uint8",
+                shape=(size,),
+                phase=self._phase,
+                module="",
+                layer=None,
+                operator=f"cuBLAS handle of the {thread} thread",
+                component="runtime",
+            )
+        )
+        self._events.append(trace.Event(index, True, self._phase, None))
+
+    def _gradient(self, gradient: torch.Tensor) -> None:
+        self.mark(gradient, "gradients")
+
+
+def _called_by_engine() -> bool:
+    """Whether the operator was called by C++ autograd itself, not by a Python backward."""
+    frame = sys._getframe(3)
+    for _ in range(6):
+        if frame.f_code.co_name == "_engine_run_backward":
+            return True
+        if frame.f_code.co_name in ("backward", "apply"):
+            return False
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _tensors(out: Any) -> Iterator[torch.Tensor]:
+    if isinstance(out, torch.Tensor):
+        yield out
+    elif isinstance(out, (list, tuple)):
+        for item in out:
+            yield from _tensors(item)

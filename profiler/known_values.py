@@ -1,0 +1,67 @@
+"""Values of the few fake tensors whose contents decide what a model does.
+
+Fake tensors have no values, yet model code asks for some: is every token attended to, how long is
+the longest row. The batch is known, so every small integer tensor that is computed from it is
+known too: its real twin is computed beside the fake one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils.weak import WeakIdKeyDictionary
+
+# A batch of token ids is far below this; an S x S mask is above it and is never asked for.
+_MAX_ELEMENTS: Final = 2**20
+_READ: Final = torch.ops.aten._local_scalar_dense.default
+_EXACT: Final = (torch.bool, torch.uint8, torch.int32, torch.int64)
+
+
+class KnownValues:
+    """Real twins of small integer tensors."""
+
+    def __init__(self) -> None:
+        self._twins: Any = WeakIdKeyDictionary()
+
+    def scalar(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Return the value that `.item()` asks for, or None if this is no such question."""
+        if func is not _READ:
+            return None
+        twin = self._twins.get(args[0])
+        if twin is None:
+            return None
+        with unset_fake_temporarily():
+            return twin.item()
+
+    def follow(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        """Compute the real twin of an operator's result where all of its inputs have one."""
+        if not isinstance(out, FakeTensor) or out.dtype not in _EXACT:
+            return
+        if out.numel() > _MAX_ELEMENTS:
+            return
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if any(value not in self._twins for value in tensors):
+            return
+        if any(isinstance(value, (list, tuple)) and _holds_tensor(value) for value in args):
+            return
+        with unset_fake_temporarily():
+            twin = func(
+                *(self._twins.get(value, value) if _is_tensor(value) else value for value in args),
+                **{
+                    key: self._twins.get(value, value) if _is_tensor(value) else value
+                    for key, value in kwargs.items()
+                },
+            )
+        self._twins[out] = twin
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _holds_tensor(values: Any) -> bool:
+    return any(_is_tensor(value) for value in values)

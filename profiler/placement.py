@@ -1,0 +1,44 @@
+"""Give a model that was built on the meta device its storage on a real or a fake device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def place(model: Any, device: str) -> None:
+    """Replace every meta parameter and buffer by one on `device`; tied tensors stay tied.
+
+    PEFT and transformers move modules with `.to()`, which fails on fake parameters, so all
+    building is done on meta and this is the one place where storage is born. Values are of no
+    interest to memory: matrices are drawn small, vectors are ones, buffers are zeros.
+    """
+    import torch
+
+    placed: dict[int, Any] = {}
+
+    def parameter(meta: Any) -> Any:
+        data = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
+        if device != "cpu":
+            _fill(data)
+        return torch.nn.Parameter(data, requires_grad=meta.requires_grad)
+
+    for module in model.modules():
+        for name, meta in module._parameters.items():
+            if meta is not None and meta.is_meta:
+                if id(meta) not in placed:
+                    placed[id(meta)] = parameter(meta)
+                module._parameters[name] = placed[id(meta)]
+        for name, meta in module._buffers.items():
+            if meta is not None and meta.is_meta:
+                if id(meta) not in placed:
+                    placed[id(meta)] = torch.zeros(meta.shape, dtype=meta.dtype, device=device)
+                module._buffers[name] = placed[id(meta)]
+
+
+def _fill(data: Any) -> None:
+    if not data.is_floating_point():
+        data.zero_()
+    elif data.dim() > 1:
+        data.normal_(std=0.02)
+    else:
+        data.fill_(1.0)

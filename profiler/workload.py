@@ -1,0 +1,306 @@
+"""A request made real: the model, the adapters, the optimizer, the batch and the training step.
+
+One description of the recipe serves every engine that runs real code. The dry run calls it under
+fake tensors and the GPU measurement calls it on a device, so nothing about a recipe is written
+twice. The order of events is that of the Hugging Face Trainer (`Trainer.training_step` and
+`Accelerator.prepare_model`), unless the request's `loop` says that the loop is hand-written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from estimator.errors import (
+    InvalidConfigError,
+    InvalidRequestError,
+    MissingDependencyError,
+    UnsupportedCombinationError,
+    UnsupportedModelError,
+)
+from estimator.request import EstimateRequest, Lora
+from profiler import optimizers, trace
+from profiler.placement import place
+
+PhaseCallback = Callable[[str], None]
+
+# The dtype of the stored parameters for each `precision` of a request.
+_STORED: Final[dict[str, str]] = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "master_bf16": "bfloat16",
+    "amp_bf16": "float32",
+    "amp_fp16": "float32",
+}
+_AUTOCAST: Final[dict[str, str]] = {"amp_bf16": "bfloat16", "amp_fp16": "float16"}
+_AUTOCAST_FIELD: Final[dict[str, str]] = {"bf16": "bfloat16", "fp16": "float16"}
+
+# Keys of a config.json that name code, a dtype or a kernel; the request decides these.
+_IGNORED_CONFIG_KEYS: Final = (
+    "auto_map", "quantization_config", "dtype", "torch_dtype", "_attn_implementation",
+    "attn_implementation", "_name_or_path",
+)  # fmt: skip
+
+# Trainer's `ignore_index`: a label that is not part of the loss.
+_MODEL_INPUTS: Final = ("input_ids", "attention_mask", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Everything that one training run keeps between steps.
+
+    Args:
+        model: the model in training mode, adapters applied, on its device.
+        optimizer: ready to step; its states are born in the first step.
+        request: what was asked.
+        attention: the attention implementation that transformers resolved.
+    """
+
+    model: Any
+    optimizer: Any
+    request: EstimateRequest
+    device: str
+    attention: str
+
+    def step(self, phase: PhaseCallback) -> None:
+        """Run one optimizer step: all its micro-batches, the update, and the clearing of gradients.
+
+        Args:
+            phase: called with the name of each phase when it begins.
+        """
+        with _loss_phase(self.model, phase):
+            for _ in range(self.request.gradient_accumulation_steps):
+                self._micro_step(phase)
+        phase(trace.OPTIMIZER_STEP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.request.loop.set_to_none)
+
+    def _micro_step(self, phase: PhaseCallback) -> None:
+        import torch
+
+        phase(trace.FORWARD)
+        inputs = batch(self.model, self.request, self.device)
+        outputs = self.model(**inputs)
+        loss = outputs["loss"]
+        if not self.request.loop.keep_outputs:
+            del outputs
+        del inputs
+        if self.request.gradient_accumulation_steps > 1:
+            loss = loss / self.request.gradient_accumulation_steps
+        phase(trace.BACKWARD)
+        # `Tensor.backward` leaves a torch-function mode before it calls this very function.
+        torch.autograd.backward(loss)
+
+
+def build(request: EstimateRequest, config: dict[str, Any], device: str) -> Workload:
+    """Build the run that a request describes.
+
+    Args:
+        request: one single-GPU run.
+        config: the model's config.json.
+        device: where the tensors live; under fake tensors, `cpu`.
+
+    Raises:
+        UnsupportedCombinationError: the recipe needs a part that is not run here.
+        InvalidRequestError: the real stack refuses the recipe; its reason is in the message.
+        MissingDependencyError: a library that the recipe needs is not installed.
+    """
+    refuse_unsupported(request)
+    model = _bare_model(request, config)
+    attention = str(model.config._attn_implementation)
+    model.config.use_cache = request.loop.use_cache
+    if request.quantization is not None:
+        model = _quantized(model, request)
+    elif isinstance(request.method, Lora):
+        model.requires_grad_(False)
+    if isinstance(request.method, Lora):
+        model = _adapted(model, request.method)
+    if request.activation_checkpointing == "full":
+        model.activation_checkpointing_enable()
+    model.train()
+    place(model, device)
+    _wrap_autocast(model, autocast_dtype(request), device)
+    return Workload(
+        model=model,
+        optimizer=optimizers.build(model, request),
+        request=request,
+        device=device,
+        attention=attention,
+    )
+
+
+def refuse_unsupported(request: EstimateRequest) -> None:
+    """Refuse by name what this workload does not run.
+
+    Raises:
+        UnsupportedCombinationError: always with the field and what to use instead.
+    """
+    allowed: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "task": (request.task, ("sft", "pretrain")),
+        "activation_checkpointing": (request.activation_checkpointing, ("none", "full")),
+        "attention": (request.attention, ("eager", "sdpa", "flash_attention_2")),
+        "loss": (request.loss, ("standard",)),
+        "kernels": (request.kernels, ((),)),
+        "packing": (request.packing, (False,)),
+        "parallelism.strategy": (request.parallelism.strategy, ("none",)),
+        "hardware.num_gpus": (request.hardware.num_gpus, (1,)),
+        "optimizer.in_backward": (request.optimizer.in_backward, (False,)),
+        "software.version": (request.software.version, ("5",)),
+    }
+    for field, (value, known) in allowed.items():
+        if value not in known:
+            choices = ", ".join(repr(item) for item in known)
+            raise UnsupportedCombinationError(
+                f"the dry run cannot run {field}={value!r} yet; it runs {choices}"
+            )
+    if request.quantization is not None and not isinstance(request.method, Lora):
+        raise InvalidRequestError(
+            "4-bit base weights cannot be trained; use method=lora with quantization"
+        )
+
+
+def autocast_dtype(request: EstimateRequest) -> str | None:
+    """Return torch's name of the dtype that autocast computes in, or None without autocast."""
+    if request.autocast is not None:
+        return _AUTOCAST_FIELD[request.autocast]
+    return _AUTOCAST.get(request.precision)
+
+
+def model_config(config: dict[str, Any]) -> Any:
+    """Return the transformers configuration object of a config.json; never runs remote code.
+
+    Raises:
+        InvalidConfigError: no `model_type`, or values that its class refuses.
+        UnsupportedModelError: the installed transformers does not know the `model_type`.
+    """
+    transformers = _import("transformers")
+    known = {key: value for key, value in config.items() if key not in _IGNORED_CONFIG_KEYS}
+    name = known.get("model_type")
+    if not isinstance(name, str):
+        raise InvalidConfigError("the model's config has no 'model_type'; add it")
+    if name not in transformers.CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} has no model_type {name!r} and remote code "
+            "is never run; use a newer transformers"
+        )
+    try:
+        return transformers.CONFIG_MAPPING[name].from_dict(known)
+    except Exception as error:
+        raise InvalidConfigError(f"the model's config is refused: {one_line(error)}") from error
+
+
+def batch(model: Any, request: EstimateRequest, device: str) -> dict[str, Any]:
+    """Return one batch as HF's data collators make it; with padding, the last token is padding."""
+    import torch
+
+    shape = (request.micro_batch_size, request.seq_len)
+    inputs = {name: torch.ones(shape, dtype=torch.int64, device=device) for name in _MODEL_INPUTS}
+    if request.padding:
+        inputs["attention_mask"][-1, -1] = 0
+    return inputs
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _import(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"this request needs {name!r}, which is not installed; "
+            f"run: pip install 'vramplan[profiler]' {name}"
+        ) from error
+
+
+def _bare_model(request: EstimateRequest, config: dict[str, Any]) -> Any:
+    """Return the causal language model on the meta device, in the dtype it is stored in."""
+    torch, transformers = _import("torch"), _import("transformers")
+    # transformers takes `sdpa` by itself where the model class has it and `eager` elsewhere; named
+    # explicitly it raises instead.
+    attention = None if request.attention == "sdpa" else request.attention
+    resolved = model_config(config)
+    if type(resolved) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"transformers has no causal language model for model_type {resolved.model_type!r}"
+        )
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                resolved,
+                dtype=getattr(torch, _STORED[request.precision]),
+                attn_implementation=attention,
+                trust_remote_code=False,
+            )
+    except (ValueError, ImportError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise InvalidRequestError(f"transformers refuses this model: {one_line(error)}") from error
+
+
+def _quantized(model: Any, request: EstimateRequest) -> Any:
+    """Replace the linear layers by bitsandbytes' 4-bit ones, as `from_pretrained` does."""
+    from profiler import quantized
+
+    peft = _import("peft")
+    _import("bitsandbytes")
+    assert request.quantization is not None
+    model = quantized.with_4bit_linears(model, request.quantization, _STORED[request.precision])
+    if request.quantization.prepare_kbit:
+        return peft.prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=request.activation_checkpointing == "full"
+        )
+    return model
+
+
+def _adapted(model: Any, method: Lora) -> Any:
+    """Put PEFT's adapters beside the targeted layers."""
+    peft = _import("peft")
+    targets = method.target_modules
+    try:
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=method.r,
+                lora_alpha=method.lora_alpha,
+                lora_dropout=method.lora_dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                modules_to_save=list(method.modules_to_save) or None,
+                bias=method.bias,
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=method.adapter_dtype == "float32",
+        )
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise InvalidRequestError(f"PEFT refuses this recipe: {one_line(error)}") from error
+
+
+def _wrap_autocast(model: Any, dtype: str | None, device: str) -> None:
+    """Wrap `forward` as `Accelerator.prepare_model` does: autocast inside, fp32 outputs outside."""
+    if dtype is None:
+        return
+    torch, accelerate = _import("torch"), _import("accelerate.utils")
+    context = torch.autocast(device_type=device.split(":")[0], dtype=getattr(torch, dtype))
+    model.forward = accelerate.convert_outputs_to_fp32(context(model.forward))
+
+
+@contextlib.contextmanager
+def _loss_phase(model: Any, phase: PhaseCallback) -> Iterator[None]:
+    """Announce the moment at which the model's own loss function begins."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    loss_function = base.loss_function
+
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        phase(trace.LOSS_FORWARD)
+        return loss_function(*args, **kwargs)
+
+    base.loss_function = announced
+    try:
+        yield
+    finally:
+        base.loss_function = loss_function

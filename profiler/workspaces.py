@@ -1,0 +1,106 @@
+"""Memory that CUDA kernels take inside themselves, which no operator's result shows.
+
+One function for each kernel, with its source. Everything here is read from upstream code; the
+shapes come from the operator's own arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+import torch
+
+from estimator.units import round_up
+
+aten = torch.ops.aten
+
+# aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize: 2 x 4096 KiB + 8 x 16 KiB, and
+# 32 MiB on Hopper; one for each pair of handle and stream, kept for ever.
+CUBLAS_BYTES: Final = (2 * 4096 + 8 * 16) * 1024
+CUBLAS_BYTES_SM90: Final = 32 * 1024**2
+
+# aten/src/ATen/native/cuda/Embedding.cu, embedding_dense_backward_cuda: up to this many indices
+# one kernel adds rows without sorting them.
+_EMBEDDING_SORT_ABOVE: Final = 3072
+_FLASH_ROUND: Final = 128
+
+_MATMULS: Final = frozenset(
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.addmv.default,
+        aten.mv.default,
+    }
+)
+
+Buffers = Iterable[tuple[str, int]]
+
+
+class Workspaces:
+    """The kernels of one GPU generation.
+
+    Args:
+        compute_capability: of the GPU.
+    """
+
+    def __init__(self, compute_capability: tuple[int, int]) -> None:
+        hopper = compute_capability[0] == 9
+        self.cublas_bytes = CUBLAS_BYTES_SM90 if hopper else CUBLAS_BYTES
+
+    def of(self, func: Any, args: tuple[Any, ...], out: Any) -> Buffers:
+        """Return the name and size of each buffer that the kernel of an operator takes [bytes]."""
+        table = _TABLE.get(func)
+        return table(args, out) if table else ()
+
+    def is_matmul(self, func: Any) -> bool:
+        """Whether the operator runs through cuBLAS."""
+        return func in _MATMULS
+
+
+def flash_backward(args: tuple[Any, ...], _: Any) -> Buffers:
+    """Bytes that one flash-attention backward takes beside its three gradients.
+
+    Shapes:
+        dq_accum      [b, S128, H, d32]   fp32
+        softmax_d     [b, H, S128]        fp32
+        dk, dv expanded to all query heads, with grouped heads   [b, S, H, d] x 2
+
+    Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
+    """
+    query, key = args[1], args[2]
+    batch, heads, seq_len, head_dim = query.shape
+    rounded_len = round_up(seq_len, _FLASH_ROUND)
+    rounded_dim = round_up(head_dim, 32 if head_dim <= 128 else 64)
+    yield "softmax_d", 4 * batch * heads * rounded_len
+    yield "dq_accum", 4 * batch * rounded_len * heads * rounded_dim
+    if key.shape[1] != heads:
+        expanded = query.element_size() * batch * key.shape[2] * heads * head_dim
+        yield "dk_expanded", expanded
+        yield "dv_expanded", expanded
+
+
+def embedding_backward(args: tuple[Any, ...], _: Any) -> Buffers:
+    """Bytes that the backward of one embedding takes beside its gradient.
+
+    Shapes:
+        sorted indices, original positions, segment tables   6 x [T]   int64
+        grad_weight_per_segment                              [T, h]    fp32
+
+    Source: aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu, embedding_backward_cuda_kernel.
+    """
+    gradient, indices = args[0], args[1]
+    tokens = indices.numel()
+    if tokens <= _EMBEDDING_SORT_ABOVE:
+        return
+    yield "grad_weight_per_segment", 4 * tokens * gradient.shape[-1]
+    yield "sorted indices", 6 * 8 * tokens
+
+
+_TABLE: Final[dict[Any, Callable[[tuple[Any, ...], Any], Buffers]]] = {
+    aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten.embedding_dense_backward.default: embedding_backward,
+}

@@ -1,0 +1,97 @@
+"""One core behind all doors: the same request gets the same bytes through each of them."""
+
+import io
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+from estimator.service import estimate
+from starlette.testclient import TestClient
+
+from estimator import cli
+from estimator.catalog import Access
+from estimator.render.document import to_json
+from estimator.request import parse_request
+from web.app import create_app
+
+# Each request as a document, and as the flags that say the same.
+REQUESTS = {
+    "only a model": ({"model": "meta-llama/Llama-3.1-8B"}, "--model meta-llama/Llama-3.1-8B"),
+    "a short name": ({"model": "llama-3.1-8b"}, "--model llama-3.1-8b"),
+    "full fine-tuning": (
+        {
+            "model": "mistralai/Mistral-7B-v0.1",
+            "micro_batch_size": 4,
+            "seq_len": 4096,
+            "activation_checkpointing": "full",
+            "attention": "flash_attention_2",
+            "optimizer": {"name": "adamw", "implementation": "foreach"},
+            "hardware": {"gpu": "a100-80gb"},
+        },
+        "--model mistralai/Mistral-7B-v0.1 --micro-batch-size 4 --seq-len 4096 --gpu a100-80gb"
+        " --activation-checkpointing full --attention flash_attention_2"
+        " --optimizer adamw --optimizer-implementation foreach",
+    ),
+    "lora": (
+        {
+            "model": "Qwen/Qwen2.5-7B",
+            "method": {"name": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]},
+            "padding": True,
+            "hardware": {"gpu": "rtx-4090", "reserved_by_others_bytes": 2**30},
+        },
+        "--model Qwen/Qwen2.5-7B --method lora --lora-r 8 --target-modules q_proj,v_proj"
+        " --padding --gpu rtx-4090 --reserved-by-others 1GiB",
+    ),
+    "qlora, in one word": (
+        {"model": "llama-3.1-8b", "method": "qlora", "optimizer": "paged_adamw8bit"},
+        "--model llama-3.1-8b --method qlora --optimizer paged_adamw8bit",
+    ),
+    "autocast over fp32, a card given by its size": (
+        {"model": "gpt2", "precision": "amp_bf16", "hardware": {"memory_bytes": 8 * 2**30}},
+        "--model gpt2 --precision amp_bf16 --memory 8GiB",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TestClient(create_app()) as client:
+        yield client
+
+
+def printed(monkeypatch, *arguments: str) -> bytes:
+    """Return what the command line writes to standard output, byte for byte."""
+    out, err = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", write_through=True))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding="utf-8", write_through=True))
+    code = cli.run(arguments)
+    assert code in (cli.EXIT_FITS, cli.EXIT_DOES_NOT_FIT), err.getvalue().decode()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_the_same_request_gets_the_same_bytes_through_every_door(
+    name, client, monkeypatch, tmp_path
+):
+    document, flags = REQUESTS[name]
+    body = json.dumps(document).encode()
+    in_file = tmp_path / "request.json"
+    in_file.write_bytes(body)
+
+    from_python = to_json(estimate(parse_request(body), access=Access.CATALOGUE))
+
+    from_flags = printed(monkeypatch, *shlex.split(flags), "--offline", "--json")
+    from_file = printed(monkeypatch, "--request", str(in_file), "--offline", "--json")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(body)))
+    from_stdin = printed(monkeypatch, "--request", "-", "--offline", "--json")
+    from_http = client.post(
+        "/v1/estimate", content=body, headers={"Content-Type": "application/json"}
+    ).content
+
+    assert from_flags == from_python
+    assert from_file == from_python
+    assert from_stdin == from_python
+    assert from_http == from_python
+    assert json.loads(from_python)["schema"] == "estimate/v1"

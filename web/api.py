@@ -1,0 +1,180 @@
+"""The JSON API: parse the document, ask the estimator, send its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from estimator import __version__
+from estimator.catalog import find_gpu, gpus, models
+from estimator.errors import EstimatorError
+from estimator.render.document import to_json
+from estimator.request import parse_request
+from estimator.result import Result
+from web import problems
+from web.door import answer
+from web.listing import GpuList, ModelList, gpu_list, model_list
+from web.settings import Settings
+from web.shield import Metrics
+
+MAX_LISTED: Final = 1000
+REQUEST_SCHEMA: Final = "#/components/schemas/EstimateRequest"
+# How much of a body that is too large is read and thrown away. A server that answers and hangs
+# up in the middle of an upload resets the connection, and the client never sees the answer.
+_MAX_DISCARDED_BYTES: Final = 64 * 1024 * 1024
+
+
+class Version(BaseModel):
+    """What is running."""
+
+    name: str
+    version: str
+    result_schema: str
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: str
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's entries for the problems that a route may answer with."""
+    schema = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    titles: dict[int, list[str]] = {}
+    for title, status in problems.known().values():
+        titles.setdefault(status, []).append(title)
+    return {
+        status: {
+            "description": "; ".join(dict.fromkeys(titles[status])),
+            "content": {problems.MEDIA_TYPE: schema},
+        }
+        for status in statuses
+    }
+
+
+def router(settings: Settings, metrics: Metrics) -> APIRouter:
+    """Return the routes of the API."""
+    routes = APIRouter()
+
+    @routes.post(
+        "/v1/estimate",
+        summary="Estimate one run",
+        response_model=Result,
+        responses=documented(400, 404, 413, 415, 422, 500, 501),
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"$ref": REQUEST_SCHEMA}}},
+            }
+        },
+    )
+    async def post_estimate(request: Request) -> Response:
+        """Answer whether the run fits, with every row at the peak. The same body always gets the
+        same bytes, so a repeated POST is safe and `ETag` is strong."""
+        _require_json(request)
+        body = await _body(request, settings.max_body_bytes)
+        # An estimate is shorter than handing it to a thread and back, so it runs right here.
+        content = to_json(answer(parse_request(body), metrics=metrics, door="api"))
+        return Response(content, media_type="application/json", headers={"ETag": _etag(content)})
+
+    @routes.get(
+        "/v1/models",
+        summary="Search the models of the catalogue",
+        response_model=ModelList,
+        responses=documented(422),
+    )
+    async def get_models(
+        request: Request,
+        q: Annotated[str, Query(max_length=200, description="words of the name")] = "",
+        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = MAX_LISTED,
+    ) -> Response:
+        """List models by name; all words of `q` must occur."""
+        return _cacheable(request, model_list(q, limit))
+
+    @routes.get("/v1/gpus", summary="List the GPUs of the catalogue", response_model=GpuList)
+    async def get_gpus(request: Request) -> Response:
+        """List every GPU with the memory that its driver offers."""
+        return _cacheable(request, gpu_list())
+
+    @routes.get("/v1/version", summary="Name the running version", response_model=Version)
+    async def get_version(request: Request) -> Response:
+        """Name the version that answers."""
+        version = Version(name="vramplan", version=__version__, result_schema="estimate/v1")
+        return _cacheable(request, version)
+
+    @routes.get("/healthz", summary="Is the process alive", response_model=Health)
+    async def get_health() -> Health:
+        """Answer as long as the process does."""
+        return Health(status="ok")
+
+    @routes.get(
+        "/readyz",
+        summary="Can the process answer estimates",
+        response_model=Health,
+        responses=documented(503),
+    )
+    async def get_readiness() -> Health:
+        """Answer once the catalogue is loaded."""
+        _load_catalogue()
+        return Health(status="ready")
+
+    @routes.get("/metrics", summary="Counters for Prometheus", include_in_schema=False)
+    async def get_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return routes
+
+
+def _load_catalogue() -> None:
+    try:
+        models()
+        find_gpu(gpus()[0].key)
+    except (EstimatorError, OSError, ValueError, LookupError):
+        raise HTTPException(503, "the catalogue cannot be read; install vramplan again") from None
+
+
+def _require_json(request: Request) -> None:
+    given = request.headers.get("content-type", "")
+    kind, _, parameters = given.partition(";")
+    charset = parameters.strip().lower().replace('"', "")
+    if kind.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+        raise HTTPException(
+            415, f"the body is {given[:100] or 'of no type'!r}; send application/json in UTF-8"
+        )
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """Return the body, never holding more of it than is allowed."""
+    body = bytearray()
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received <= limit:
+            body += chunk
+        elif received > _MAX_DISCARDED_BYTES:
+            break
+    if received > limit:
+        raise HTTPException(413, f"the body is larger than {limit} bytes; send one run at a time")
+    return bytes(body)
+
+
+def _etag(content: bytes) -> str:
+    return f'"{hashlib.sha256(content).hexdigest()}"'
+
+
+def _cacheable(request: Request, document: BaseModel) -> Response:
+    """Return a document of the catalogue, or 304 when the client has these very bytes."""
+    content = document.model_dump_json(indent=2).encode() + b"\n"
+    tag = _etag(content)
+    headers = {"ETag": tag, "Cache-Control": "public, max-age=300"}
+    known = request.headers.get("if-none-match", "")
+    if tag in {item.strip().removeprefix("W/") for item in known.split(",")}:
+        return Response(status_code=304, headers=headers)
+    return Response(content, media_type="application/json", headers=headers)
