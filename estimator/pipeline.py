@@ -379,7 +379,7 @@ def _timeline(step: Step, b: int, s: int, constants: DeviceConstants) -> tuple[M
         components = dict.fromkeys(COMPONENTS, 0)
         for entry in entries.entries:
             components[entry.row.component] += entry_size(entry, at) * entry.count
-        shown = {key: size for key, size in components.items() if size}
+        shown: dict[str, int] = {key: size for key, size in components.items() if size}
         timeline.append(MomentBytes(name, sum(shown.values()), shown))
     return tuple(timeline)
 

@@ -24,8 +24,9 @@ def trace_full(request: EstimateRequest, config: dict[str, Any]) -> tracing.Trac
     gc.collect()
     gc.disable()
     try:
+        model = workload.meta_model(request, config)
         with FakeTensorMode(), cuda_semantics(capability), eager_transformers():
-            job = workload.build(request, config, "cpu")
+            job = workload.start(model, request, "cpu")
             meter = Meter(layers=layer_list(job.model), workspaces=Workspaces(capability))
             for path, parameter in job.model.named_parameters():
                 meter.adopt(parameter, path, "parameter", "weights")

@@ -44,7 +44,10 @@ _IGNORED_CONFIG_KEYS: Final = (
     "attn_implementation", "_name_or_path",
 )  # fmt: skip
 
-# Trainer's `ignore_index`: a label that is not part of the loss.
+# From the second micro-batch on, each does what the second did: gradients exist and are added to.
+_MICRO_STEPS: Final = 2
+
+# What HF's data collators for causal language models return.
 _MODEL_INPUTS: Final = ("input_ids", "attention_mask", "labels")
 
 
@@ -56,14 +59,13 @@ class Workload:
         model: the model in training mode, adapters applied, on its device.
         optimizer: ready to step; its states are born in the first step.
         request: what was asked.
-        attention: the attention implementation that transformers resolved.
+        device: where its tensors live.
     """
 
     model: Any
     optimizer: Any
     request: EstimateRequest
     device: str
-    attention: str
 
     def step(self, phase: PhaseCallback) -> None:
         """Run one optimizer step: all its micro-batches, the update, and the clearing of gradients.
@@ -71,23 +73,27 @@ class Workload:
         Args:
             phase: called with the name of each phase when it begins.
         """
+        phase(trace.FORWARD)
+        # `Trainer.get_batch_samples` holds every batch of the step on the device until its end.
+        batches = [
+            batch(self.request, self.device)
+            for _ in range(self.request.gradient_accumulation_steps)
+        ]
         with _loss_phase(self.model, phase):
-            for _ in range(self.request.gradient_accumulation_steps):
-                self._micro_step(phase)
+            for inputs in batches[:_MICRO_STEPS]:
+                self._micro_step(inputs, phase)
         phase(trace.OPTIMIZER_STEP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.request.loop.set_to_none)
 
-    def _micro_step(self, phase: PhaseCallback) -> None:
+    def _micro_step(self, inputs: dict[str, Any], phase: PhaseCallback) -> None:
         import torch
 
         phase(trace.FORWARD)
-        inputs = batch(self.model, self.request, self.device)
         outputs = self.model(**inputs)
         loss = outputs["loss"]
         if not self.request.loop.keep_outputs:
             del outputs
-        del inputs
         if self.request.gradient_accumulation_steps > 1:
             loss = loss / self.request.gradient_accumulation_steps
         phase(trace.BACKWARD)
@@ -95,13 +101,14 @@ class Workload:
         torch.autograd.backward(loss)
 
 
-def build(request: EstimateRequest, config: dict[str, Any], device: str) -> Workload:
-    """Build the run that a request describes.
+def meta_model(request: EstimateRequest, config: dict[str, Any]) -> Any:
+    """Return the model of a request on the meta device, in training mode, adapters applied.
+
+    Built without fake tensors: PEFT moves modules with `.to()`, which fails on fake parameters.
 
     Args:
         request: one single-GPU run.
         config: the model's config.json.
-        device: where the tensors live; under fake tensors, `cpu`.
 
     Raises:
         UnsupportedCombinationError: the recipe needs a part that is not run here.
@@ -110,7 +117,6 @@ def build(request: EstimateRequest, config: dict[str, Any], device: str) -> Work
     """
     refuse_unsupported(request)
     model = _bare_model(request, config)
-    attention = str(model.config._attn_implementation)
     model.config.use_cache = request.loop.use_cache
     if request.quantization is not None:
         model = _quantized(model, request)
@@ -121,6 +127,17 @@ def build(request: EstimateRequest, config: dict[str, Any], device: str) -> Work
     if request.activation_checkpointing == "full":
         model.activation_checkpointing_enable()
     model.train()
+    return model
+
+
+def start(model: Any, request: EstimateRequest, device: str) -> Workload:
+    """Give a meta model its storage and its optimizer.
+
+    Args:
+        model: from `meta_model`.
+        request: the request that it was built for.
+        device: where the tensors live; inside a fake tensor mode, `cpu`.
+    """
     place(model, device)
     _wrap_autocast(model, autocast_dtype(request), device)
     return Workload(
@@ -128,7 +145,6 @@ def build(request: EstimateRequest, config: dict[str, Any], device: str) -> Work
         optimizer=optimizers.build(model, request),
         request=request,
         device=device,
-        attention=attention,
     )
 
 
@@ -192,7 +208,7 @@ def model_config(config: dict[str, Any]) -> Any:
         raise InvalidConfigError(f"the model's config is refused: {one_line(error)}") from error
 
 
-def batch(model: Any, request: EstimateRequest, device: str) -> dict[str, Any]:
+def batch(request: EstimateRequest, device: str) -> dict[str, Any]:
     """Return one batch as HF's data collators make it; with padding, the last token is padding."""
     import torch
 

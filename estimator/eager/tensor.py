@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from estimator.components import Component
 from estimator.dtypes import DType
 from estimator.eager.size import Shape, elements
-from estimator.components import Component
 from estimator.sources import Assumption, Cite
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from estimator.components import Basis, Component
 from estimator.dtypes import DType
 from estimator.eager.size import BATCH, SEQ, Polynomial, Shape, elements
-from estimator.components import Basis, Component
 from estimator.sources import Assumption, Cite
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 from estimator.eager import attention
 from estimator.eager.attention import Heads
 from estimator.errors import InvalidConfigError
+from estimator.model.defaults import DEFAULTS
 
 # No published model comes near these; beyond them a field is a mistake, not a model.
 LARGEST: Final = 2**24
@@ -18,13 +19,28 @@ class Config:
     """A model's configuration, read by name; what was assumed is kept in `notes`."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
         self.model_type = str(values.get("model_type", ""))
-        self.notes: list[str] = []
+        self._given = values
+        self._defaults = DEFAULTS.get(self.model_type, {})
+        self._filled: dict[str, Any] = {}
 
-    def has(self, *names: str) -> bool:
-        """Whether one of the fields is given and not null."""
-        return any(self._values.get(name) is not None for name in names)
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One note for every field that was taken from transformers' defaults."""
+        return tuple(
+            f"{name} is not in the model configuration; transformers' default {value!r} is used"
+            for name, value in self._filled.items()
+        )
+
+    def _value(self, name: str) -> Any:
+        if name not in self._given and name in self._defaults:
+            self._filled[name] = self._defaults[name]
+            return self._defaults[name]
+        return self._given.get(name)
+
+    def has(self, name: str) -> bool:
+        """Whether a field is given, or filled in, and not null."""
+        return self._value(name) is not None
 
     def count(self, name: str, default: int | None = None) -> int:
         """Return a positive whole number.
@@ -32,14 +48,13 @@ class Config:
         Raises:
             InvalidConfigError: the field is missing without a default, or is no such number.
         """
-        value = self._values.get(name)
+        value = self._value(name)
         if value is None:
             if default is None:
                 raise InvalidConfigError(
                     f"the model configuration has no {name!r}, which a {self.model_type} model "
                     "needs; pass the complete config.json"
                 )
-            self.notes.append(f"{name} is not in the configuration; {default} is its default")
             return default
         most = MOST_LAYERS if name in ("num_hidden_layers", "n_layer", "num_layers") else LARGEST
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -55,7 +70,7 @@ class Config:
 
     def flag(self, name: str, default: bool) -> bool:
         """Return a boolean field; missing or null means the default."""
-        value = self._values.get(name)
+        value = self._value(name)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -64,7 +79,7 @@ class Config:
 
     def text(self, name: str, default: str) -> str:
         """Return a text field; missing or null means the default."""
-        value = self._values.get(name)
+        value = self._value(name)
         if value is None:
             return default
         if not isinstance(value, str):
@@ -73,7 +88,7 @@ class Config:
 
     def fraction(self, name: str, default: float) -> float:
         """Return a number from 0 up to, not including, 1."""
-        value = self._values.get(name)
+        value = self._value(name)
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
@@ -82,7 +97,7 @@ class Config:
 
     def number(self, name: str, default: float | None) -> float | None:
         """Return a number; missing or null means the default."""
-        value = self._values.get(name)
+        value = self._value(name)
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -91,7 +106,7 @@ class Config:
 
     def layer_types(self, layers: int) -> tuple[str, ...] | None:
         """Return `layer_types`, one name for each layer, or None where it is not given."""
-        value = self._values.get("layer_types")
+        value = self._value("layer_types")
         if value is None:
             return None
         if (

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from estimator.render.text import PLAIN, Page, open_page, page_text, printable, share, thin
+from estimator.render.text import (
+    PLAIN,
+    Page,
+    open_page,
+    page_text,
+    printable,
+    share,
+    thin,
+    write_pairs,
+)
 from estimator.units import gib
 
 if TYPE_CHECKING:
@@ -33,16 +42,14 @@ def to_explanation(result: Result, page: Page = PLAIN) -> str:
 
 
 def _write_row(console: Console, component: Component, row: ResultRow) -> None:
-    from rich.table import Table
-
     console.print()
-    lines = Table.grid(padding=(0, 2), pad_edge=False)
-    lines.add_column(no_wrap=True)
-    lines.add_column(overflow="fold")
-    lines.add_row("  row", printable(row.name), style="bold")
-    lines.add_row("  place", f"{component}, {printable(row.site)}, count {thin(row.count)}")
-    lines.add_row("  formula", printable(row.formula))
-    lines.add_row("  bytes", f"{thin(row.bytes)} ({gib(row.bytes)})")
-    lines.add_row("  source", printable(row.source))
-    lines.add_row("  basis", row.basis)
-    console.print(lines)
+    write_pairs(
+        console,
+        ("row", printable(row.name)),
+        ("place", f"{component}, {printable(row.site)}, count {thin(row.count)}"),
+        ("formula", printable(row.formula)),
+        ("bytes", f"{thin(row.bytes)} ({gib(row.bytes)})"),
+        ("source", printable(row.source)),
+        ("basis", row.basis),
+        indent=2,
+    )

@@ -154,10 +154,25 @@ def _write_subject(console: Console, result: Result) -> None:
     active = "" if counts.active == counts.total else f" · active {thin(counts.active)}"
     trained = share(counts.trainable, counts.total)
     console.print()
-    console.print(f"model       {printable(result.model)}")
-    console.print(f"parameters  {thin(counts.total)}{active}")
-    console.print(f"trainable   {thin(counts.trainable)} ({trained})")
-    console.print(f"run         {printable(_run(result.request))}")
+    write_pairs(
+        console,
+        ("model", printable(result.model)),
+        ("parameters", f"{thin(counts.total)}{active}"),
+        ("trainable", f"{thin(counts.trainable)} ({trained})"),
+        ("run", printable(_run(result.request))),
+    )
+
+
+def write_pairs(console: Console, *pairs: tuple[str, str], indent: int = 0) -> None:
+    """Write labelled lines; a text that is too long goes on below itself, not below its label."""
+    from rich.table import Table
+
+    lines = Table.grid(padding=(0, 2), pad_edge=False)
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
+    for label, text in pairs:
+        lines.add_row(" " * indent + label, text)
+    console.print(lines)
 
 
 def _run(request: dict[str, Any]) -> str:
@@ -236,7 +251,9 @@ def _measured_as(result: Result, whole: int) -> str:
 def _quantities(result: Result, page: Page) -> Table:
     rows = table(page, "peak of the step", "low", "expected", "high")
     for name, value in _four_quantities(result):
-        rows.add_row(name, gib(value.low), gib(value.expected), gib(value.high))
+        # A quantity that no engine models is 0 to 0, and must not read like an answer.
+        sizes = (value.low, value.expected, value.high)
+        rows.add_row(name, *(gib(size) if value.high else "-" for size in sizes))
     usable = result.capacity.usable_bytes
     if usable is not None:
         gpu = printable(result.capacity.gpu or "the memory given")
@@ -305,10 +322,10 @@ def _write_suggestions(console: Console, suggestions: Iterable[Suggestion]) -> N
 
 
 def _write_list(console: Console, title: str, lines: Iterable[str]) -> None:
-    from rich.padding import Padding
-
-    for number, line in enumerate(lines):
-        if number == 0:
-            console.print()
-            console.print(title, style="bold")
-        console.print(Padding(f"- {printable(line)}", (0, 0, 0, 2)))
+    items = [printable(line) for line in lines]
+    if not items:
+        return
+    console.print()
+    console.print(title, style="bold")
+    for item in items:
+        write_pairs(console, ("-", item), indent=2)

@@ -50,7 +50,7 @@ class Bad:
 
 
 def _flags(name: str, *arguments: str, code: int = USAGE, said: str) -> Bad:
-    return Bad(name, ("--model", "gpt2", *arguments), code, said)
+    return Bad(name, ("--model", "meta-llama/Llama-3.1-8B", *arguments), code, said)
 
 
 def _request(name: str, content: str | bytes, said: str, file: str = "request.json") -> Bad:
@@ -80,18 +80,32 @@ NAMES = (
     Bad("model that is a sentence", ("--model", "the big one"), USAGE, "not a model id"),
     Bad("empty model", ("--model", ""), USAGE, "--model"),
     Bad("model of 600 characters", ("--model", "x" * 600), USAGE, "--model"),
-    Bad("path upwards", ("--model", "../../etc/passwd"), CANNOT_ESTIMATE, "passwd"),
+    Bad("path upwards", ("--model", "../../no/such.json"), CANNOT_ESTIMATE, "no/such.json"),
     Bad("terminal escape in a name", ("--model", "\x1b[31mred\x07"), USAGE, "not a model id"),
     Bad("newline in a name", ("--model", "gpt2\nerror: no"), USAGE, "not a model id"),
     _flags("unknown GPU", "--gpu", "rtx-9999", said="unknown GPU 'rtx-9999'"),
     _flags("ambiguous GPU", "--gpu", "a100", said="could be"),
     _flags("unknown optimizer", "--optimizer", "adamw9", code=USAGE, said="adamw9"),
+    _flags("unknown task", "--task", "guess", said="'guess' is not one of"),
+    _flags("task without a source", "--task", "ppo", code=CANNOT_ESTIMATE, said="'ppo'"),
     _flags(
         "unknown checkpointing",
         "--activation-checkpointing",
         "sometimes",
-        said="sometimes",
+        code=CANNOT_ESTIMATE,
+        said="known: none, full",
     ),
+    _flags(
+        "adapters on nothing",
+        "--method",
+        "lora",
+        "--target-modules",
+        "no_such_proj",
+        said="no_such_proj",
+    ),
+    _flags("4-bit weights trained in full", "--quantization", "nf4", said="choose method 'lora'"),
+    _flags("rank without adapters", "--lora-r", "8", said="--lora-r needs --method lora"),
+    _flags("unknown engine", "--engine", "crystal-ball", said="known: analytic, auto"),
 )
 
 NUMBERS = (

@@ -7,13 +7,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from estimator.service import estimate
 from starlette.testclient import TestClient
 
 from estimator import cli
 from estimator.catalog import Access
 from estimator.render.document import to_json
 from estimator.request import parse_request
+from estimator.service import estimate
 from web.app import create_app
 
 # Each request as a document, and as the flags that say the same.

@@ -1,5 +1,7 @@
 """The OpenAPI document, and a client that does everything it allows and much that it does not."""
 
+import html
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
@@ -52,7 +54,7 @@ def test_the_document_describes_the_request_and_the_result_as_they_are(client, d
 def test_every_refusal_of_the_core_has_a_page_behind_its_type(client):
     assert EstimatorError.slug in known()
     for slug, (title, _) in known().items():
-        assert title in client.get(f"/problems/{slug}").text
+        assert title in html.unescape(client.get(f"/problems/{slug}").text)
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", create_app())

@@ -87,6 +87,7 @@ def read(config: Config) -> ModelSpec:
         tied=config.flag("tie_word_embeddings", False),
         buffers=rotary_buffers(head_width.value),
         rotary_width=head_width.value,
+        notes=config.notes,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from estimator.render.explain import to_explanation
 from estimator.render.text import Page, printable, to_line, to_text
-from estimator.result import Capacity, Limits, Parameters
+from estimator.result import Capacity, Limits, Parameters, Range
 
 
 def _rows(text: str) -> list[tuple[str, int]]:
@@ -50,6 +50,11 @@ def test_the_sum_says_which_quantity_it_is(result):
 
 def test_small_rows_are_counted_together(result):
     assert ("4 smaller rows", 3_175_620_608) in _rows(to_text(result))
+
+
+def test_a_quantity_that_nobody_models_is_a_dash(result):
+    unknown = replace(result, peak=replace(result.peak, host_bytes=Range(0, 0, 0)))
+    assert re.search(r"^ *host +- +- +-$", to_text(unknown), re.MULTILINE)
 
 
 @pytest.mark.parametrize("quantity", ["allocated", "reserved", "device used", "host"])
@@ -93,9 +98,9 @@ def test_three_suggestions_say_saving_price_and_verdict(result):
 @pytest.mark.parametrize(
     "line",
     [
-        "- optimizer: adamw, the default",
-        "- attention sdpa picks flash attention here",
-        "- evaluation",
+        "-  optimizer: adamw, the default",
+        "-  attention sdpa picks flash attention here",
+        "-  evaluation",
     ],
 )
 def test_assumptions_notes_and_gaps_are_listed(result, line):
