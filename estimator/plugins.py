@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ def load_plugin(group: str, name: str) -> Any | None:
     entries = tuple(entry_points(group=group, name=name))
     if not entries:
         return None
+    # The command line starts without garbage collection; a server or a dry run lives long.
+    gc.enable()
     try:
         return entries[0].load()
     except ImportError as error:

@@ -14,6 +14,7 @@ import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any, Final
 
 import torch
@@ -167,15 +168,15 @@ class Meter(TorchDispatchMode):
         """Return what was recorded; host tensors are left out."""
         kept = [index for index, record in enumerate(self._records) if record.bytes]
         renumbered = {index: new for new, index in enumerate(kept)}
-        steady = sum(event.storage in renumbered for event in self._events[: self._steady_from])
+        first = [event for event in self._events[: self._steady_from] if event.storage in renumbered]
+        second = [event for event in self._events[self._steady_from :] if event.storage in renumbered]
         return trace.Trace(
             storages=tuple(self._records[index].freeze() for index in kept),
             events=tuple(
                 self._resolved(event, renumbered[event.storage])
-                for event in self._events
-                if event.storage in renumbered
+                for event in (*_deaths_by_age(first), *_deaths_by_age(second))
             ),
-            steady_from=steady,
+            steady_from=len(first),
         )
 
     def _resolved(self, event: trace.Event, storage: int) -> trace.Event:
@@ -265,8 +266,10 @@ class Meter(TorchDispatchMode):
         if func is _DEVICE:
             return func(*args, **kwargs)
         path, layer = self._place()
-        if self._phase not in (trace.LOAD, trace.OPTIMIZER_STEP):
-            self._layer = layer
+        if self._phase == trace.OPTIMIZER_STEP:
+            # An operator on one tensor works for that tensor's layer; one on lists, for all.
+            path, layer = self._owner_of(args[0]) if args else ("", None)
+        self._layer = layer
         if func is _ADD and self._in_place and self._accumulates(args, kwargs):
             out = torch.ops.aten.add_.Tensor(args[0], args[1])
         else:
@@ -305,15 +308,16 @@ class Meter(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], out: Any, path: str, layer: int | None
     ) -> None:
         """Register the storages of an operator's results, and the kernel's own workspaces."""
-        owner = self._owner(args) if self._phase == trace.OPTIMIZER_STEP else None
+        updating = self._phase == trace.OPTIMIZER_STEP
+        lists = args and isinstance(args[0], (list, tuple))
         for position, tensor in enumerate(_tensors(out)):
             if tensor.untyped_storage()._cdata in self._index:
                 continue
-            where = owner(position) if owner else (path, layer)
-            component: Component = (
-                "workspace" if self._phase == trace.OPTIMIZER_STEP else "activations"
+            if updating and lists and position < len(args[0]):
+                path, layer = self._owner_of(args[0][position])
+            self._register(
+                tensor, str(func), path, layer, "workspace" if updating else "activations"
             )
-            self._register(tensor, str(func), *where, component)
         if func is _ADD and not torch.is_grad_enabled():
             self._remember_parents(args, out)
         if self._workspaces is not None:
@@ -321,20 +325,13 @@ class Meter(TorchDispatchMode):
                 self._transient(operator, size, path, layer)
             self._cublas_workspace(func)
 
-    def _owner(self, args: tuple[Any, ...]) -> Callable[[int], tuple[str, int | None]]:
-        """Return who owns the results of an optimizer's operator: the owner of its first input."""
-        first = args[0] if args else None
-        inputs = list(first) if isinstance(first, (list, tuple)) else [first]
-
-        def owner(position: int) -> tuple[str, int | None]:
-            tensor = inputs[min(position, len(inputs) - 1)] if inputs else None
-            if isinstance(tensor, torch.Tensor):
-                index = self._index.get(tensor.untyped_storage()._cdata)
-                if index is not None:
-                    return self._records[index].module, self._records[index].layer
-            return "", None
-
-        return owner
+    def _owner_of(self, value: Any) -> tuple[str, int | None]:
+        """Return the module and the layer of a registered tensor."""
+        if isinstance(value, torch.Tensor):
+            index = self._index.get(value.untyped_storage()._cdata)
+            if index is not None:
+                return self._records[index].module, self._records[index].layer
+        return "", None
 
     def _remember_parents(self, args: tuple[Any, ...], out: Any) -> None:
         """A sum of gradients that becomes `.grad` makes gradients of what was summed."""
@@ -386,8 +383,7 @@ class Meter(TorchDispatchMode):
         self._record_event(index, is_alloc=True)
 
     def _record_event(self, index: int, *, is_alloc: bool) -> None:
-        layer = self._layer if self._phase != trace.OPTIMIZER_STEP else None
-        self._events.append(trace.Event(index, is_alloc, self._phase, layer))
+        self._events.append(trace.Event(index, is_alloc, self._phase, self._layer))
 
     def _transient(self, operator: str, size: int, path: str, layer: int | None) -> None:
         """Record a buffer that a kernel takes and gives back before it returns."""
@@ -432,6 +428,18 @@ class Meter(TorchDispatchMode):
 
     def _gradient(self, gradient: torch.Tensor) -> None:
         self.mark(gradient, "gradients")
+
+
+def _deaths_by_age(events: list[trace.Event]) -> Iterator[trace.Event]:
+    """Put deaths that nothing separates in the order of birth.
+
+    Some die together in an order that depends on addresses: autocast's cache of weights is a hash
+    table. What is free after all of them does not depend on the order; the document must not.
+    """
+    for (is_alloc, *_), group in groupby(
+        events, key=lambda event: (event.is_alloc, event.phase, event.layer)
+    ):
+        yield from group if is_alloc else sorted(group)
 
 
 def _called_by_engine() -> bool:

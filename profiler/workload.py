@@ -84,6 +84,7 @@ class Workload:
                 self._micro_step(inputs, phase)
         phase(trace.OPTIMIZER_STEP)
         self.optimizer.step()
+        phase(trace.OPTIMIZER_STEP)
         self.optimizer.zero_grad(set_to_none=self.request.loop.set_to_none)
 
     def _micro_step(self, inputs: dict[str, Any], phase: PhaseCallback) -> None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from estimator import __version__
@@ -80,8 +81,12 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
         same bytes, so a repeated POST is safe and `ETag` is strong."""
         _require_json(request)
         body = await _body(request, settings.max_body_bytes)
-        # An estimate is shorter than handing it to a thread and back, so it runs right here.
-        content = to_json(answer(parse_request(body), metrics=metrics, door="api"))
+
+        def content_for() -> bytes:
+            return to_json(answer(parse_request(body), metrics=metrics, door="api"))
+
+        # A recipe seen for the first time takes a fraction of a second: probes must not wait for it.
+        content = await run_in_threadpool(content_for)
         return Response(content, media_type="application/json", headers={"ETag": _etag(content)})
 
     @routes.get(

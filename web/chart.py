@@ -9,6 +9,8 @@ from typing import Any, Final
 from estimator.result import COMPONENTS, Result
 from estimator.units import GiB, gib
 
+# What the driver counts beside the allocated tensors; drawn after the components.
+OUTSIDE: Final = "outside"
 _MOST_TICKS: Final = 8
 # Room to the right of the widest thing drawn, so that its line and label are not cut off.
 _MARGIN: Final = 1.04
@@ -88,8 +90,9 @@ def _plain(mark: Mark | None) -> dict[str, Any] | None:
 
 
 def peak_chart(result: Result) -> Chart:
-    """Return the peak as one bar against what the card offers."""
-    parts = {part.component: part.bytes for part in result.breakdown}
+    """Return the peak as one bar, with what lies outside the tensors, against the card's memory."""
+    parts: dict[str, int] = {part.component: part.bytes for part in result.breakdown}
+    parts[OUTSIDE] = sum(row.bytes for row in result.outside)
     used = result.peak.device_used_bytes
     usable = result.capacity.usable_bytes
     scale = round(max(used.high, usable or 0, sum(parts.values()), 1) * _MARGIN)
@@ -132,13 +135,15 @@ def timeline_chart(result: Result) -> Chart:
 
 def component_label(component: str) -> str:
     """Return a component's name as people read it."""
+    if component == OUTSIDE:
+        return "beside the tensors"
     return component.replace("_", " ")
 
 
 def _bar(label: str, parts: Mapping[Any, int], scale: int, *, is_peak: bool) -> Bar:
     segments = []
     start = 0
-    for component in COMPONENTS:
+    for component in (*COMPONENTS, OUTSIDE):
         size = parts.get(component, 0)
         if size > 0:
             segments.append(

@@ -51,7 +51,7 @@ def router(metrics: Metrics) -> APIRouter:
     routes = APIRouter(include_in_schema=False)
 
     @routes.get("/")
-    async def get_page(request: Request) -> HTMLResponse:
+    def get_page(request: Request) -> HTMLResponse:
         pairs = _pairs(request)
         view, status = _view(pairs, metrics)
         html = render("page.html", **view, **_form_view(pairs))
@@ -60,7 +60,7 @@ def router(metrics: Metrics) -> APIRouter:
     # The status is 200 even for a refusal: this part of the page says what is wrong with the form,
     # and a browser logs every other status as an error while somebody is still typing.
     @routes.get("/answer")
-    async def get_answer(request: Request) -> HTMLResponse:
+    def get_answer(request: Request) -> HTMLResponse:
         view, _ = _view(_pairs(request), metrics)
         return HTMLResponse(render("answer.html", **view))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from estimator import cli
+from estimator import commands
 
 USAGE, CANNOT_ESTIMATE = 2, 3
 LLAMA = {
@@ -228,7 +228,7 @@ def _assert_one_clear_line(out: str, err: str) -> None:
 
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
 def test_bad_input_gets_one_clear_line_and_its_exit_code(bad, arguments, capsys):
-    code = cli.run(arguments(bad))
+    code = commands.run(arguments(bad))
     out, err = capsys.readouterr()
     _assert_one_clear_line(out, err)
     assert (code, bad.said in err) == (bad.code, True), err
@@ -238,40 +238,40 @@ def test_bad_input_gets_one_clear_line_and_its_exit_code(bad, arguments, capsys)
     "path", ["/no/such/file.json", "/no/such/file.yaml", "bad\0name", "/"], ids=repr
 )
 def test_a_request_file_that_cannot_be_opened_is_one_line(path, capsys):
-    assert cli.run(["--request", path]) == USAGE
+    assert commands.run(["--request", path]) == USAGE
     _assert_one_clear_line(*capsys.readouterr())
 
 
 @pytest.mark.parametrize("name", ["missing/config.json", "."])
 def test_a_model_path_without_a_config_is_one_line(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["--offline", "--model", f"./{name}"]) == CANNOT_ESTIMATE
+    assert commands.run(["--offline", "--model", f"./{name}"]) == CANNOT_ESTIMATE
     _assert_one_clear_line(*capsys.readouterr())
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs the device")
 @pytest.mark.parametrize("flag", ["--request", "--model"])
 def test_an_endless_file_is_refused(flag, capsys):
-    assert cli.run(["--offline", flag, "/dev/zero"]) in (USAGE, CANNOT_ESTIMATE)
+    assert commands.run(["--offline", flag, "/dev/zero"]) in (USAGE, CANNOT_ESTIMATE)
     _assert_one_clear_line(*capsys.readouterr())
 
 
 def test_closed_standard_input_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
-    assert cli.run(["--request", "-"]) == USAGE
+    assert commands.run(["--request", "-"]) == USAGE
     _assert_one_clear_line(*capsys.readouterr())
 
 
 def test_empty_standard_input_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
-    assert cli.run(["--request", "-"]) == USAGE
+    assert commands.run(["--request", "-"]) == USAGE
     _assert_one_clear_line(*capsys.readouterr())
 
 
 def test_an_inline_config_that_lacks_a_size_is_one_line(tmp_path, capsys):
     path = tmp_path / "request.json"
     path.write_text(json.dumps({"model": {"config": _without("hidden_size")}}))
-    assert cli.run(["--request", str(path)]) == USAGE
+    assert commands.run(["--request", str(path)]) == USAGE
     _assert_one_clear_line(*capsys.readouterr())
 
 

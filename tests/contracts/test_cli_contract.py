@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from estimator import cli
+from estimator import commands
 from estimator.flags import FLAGS
 
 MODEL = ("--model", "meta-llama/Llama-3.1-8B")
@@ -40,7 +40,7 @@ def refuse(**_):
     raise AssertionError("installed packages were scanned")
 
 importlib.metadata.entry_points = refuse
-from estimator.cli import run
+from estimator.commands import run
 code = run(sys.argv[1:])
 print(sorted(sys.modules), file=sys.stderr)
 sys.exit(code)
@@ -77,7 +77,7 @@ def _imported(*arguments: str) -> set[str]:
 
 def test_the_flags_are_those_that_were_promised():
     assert [flag.option for flag in FLAGS] == FROZEN_FLAGS.split()
-    own = {name for option in cli.estimate.params for name in option.opts}
+    own = {name for option in commands.estimate.params for name in option.opts}
     assert own == {*FROZEN_FLAGS.split(), *OWN_FLAGS.split()}
 
 
@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_line():
             check=False,
             timeout=60,
         )
-    assert done.returncode == cli.EXIT_USAGE
+    assert done.returncode == commands.EXIT_USAGE
     assert done.stderr == "error: No space left on device\n"
 
 

@@ -49,8 +49,12 @@ REQUESTS = {
         "--model llama-3.1-8b --method qlora --optimizer paged_adamw8bit",
     ),
     "autocast over fp32, a card given by its size": (
-        {"model": "gpt2", "precision": "amp_bf16", "hardware": {"memory_bytes": 8 * 2**30}},
-        "--model gpt2 --precision amp_bf16 --memory 8GiB",
+        {
+            "model": "HuggingFaceTB/SmolLM2-135M",
+            "precision": "amp_bf16",
+            "hardware": {"memory_bytes": 8 * 2**30},
+        },
+        "--model HuggingFaceTB/SmolLM2-135M --precision amp_bf16 --memory 8GiB",
     ),
 }
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from estimator import cli, engines, nvml, plugins, service
+from estimator import commands, engines, nvml, plugins, service
 from estimator.catalog import Access
 from estimator.errors import (
     MissingDependencyError,
@@ -54,24 +54,24 @@ def answered(monkeypatch, result):
 
 
 def test_the_answer_goes_to_standard_output_and_nothing_else_does(asked, capsys, result):
-    assert cli.run([*MODEL, "--gpu", "rtx-4090"]) == cli.EXIT_DOES_NOT_FIT
+    assert commands.run([*MODEL, "--gpu", "rtx-4090"]) == commands.EXIT_DOES_NOT_FIT
     out, err = capsys.readouterr()
     assert out.startswith(result.message)
     assert err == ""
 
 
 def test_json_is_the_result_document(asked, capsys, result):
-    cli.run([*MODEL, "--json"])
+    commands.run([*MODEL, "--json"])
     assert json.loads(capsys.readouterr().out) == to_dict(result)
 
 
 def test_quiet_is_one_line(asked, capsys, result):
-    cli.run([*MODEL, "--quiet"])
+    commands.run([*MODEL, "--quiet"])
     assert capsys.readouterr().out == f"{result.message}\n"
 
 
 def test_explain_adds_the_derivation(asked, capsys):
-    cli.run([*MODEL, "--explain"])
+    commands.run([*MODEL, "--explain"])
     assert "formula  32 x 117440512 bytes" in capsys.readouterr().out
 
 
@@ -93,11 +93,11 @@ def test_explain_adds_the_derivation(asked, capsys):
 )
 def test_the_exit_code_says_the_verdict(answered, capsys, verdict, arguments, code):
     answered(verdict)
-    assert cli.run([*MODEL, *arguments]) == code
+    assert commands.run([*MODEL, *arguments]) == code
 
 
 def test_flags_become_the_request(asked):
-    cli.run([*MODEL, "--method", "qlora", "--lora-r", "8", "--seq-len", "4096", "--gpu", "a40"])
+    commands.run([*MODEL, "--method", "qlora", "--lora-r", "8", "--seq-len", "4096", "--gpu", "a40"])
     (call,) = asked
     assert (call.request.method.name, call.request.method.r) == ("lora", 8)
     assert call.request.quantization.name == "nf4"
@@ -107,7 +107,7 @@ def test_flags_become_the_request(asked):
 
 @pytest.mark.parametrize(("flags", "access"), [([], Access.HUB), (["--offline"], Access.LOCAL)])
 def test_offline_forbids_the_hub(asked, flags, access):
-    cli.run([*MODEL, *flags])
+    commands.run([*MODEL, *flags])
     assert asked[0].access is access
 
 
@@ -123,8 +123,8 @@ def test_offline_forbids_the_hub(asked, flags, access):
 )
 def test_a_request_file_is_json_or_yaml_and_flags_override_it(asked, tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    cli.run(["--request", str(tmp_path / name)])
-    cli.run(["--request", str(tmp_path / name), "--seq-len", "64", *MODEL])
+    commands.run(["--request", str(tmp_path / name)])
+    commands.run(["--request", str(tmp_path / name), "--seq-len", "64", *MODEL])
     assert (asked[0].request.model, asked[0].request.seq_len) == ("gpt2", 512)
     assert (asked[1].request.model, asked[1].request.seq_len) == (MODEL[1], 64)
 
@@ -132,19 +132,19 @@ def test_a_request_file_is_json_or_yaml_and_flags_override_it(asked, tmp_path, n
 def test_a_dash_reads_standard_input(asked, monkeypatch):
     stream = SimpleNamespace(buffer=io.BytesIO(b'{"model": "gpt2", "padding": true}'))
     monkeypatch.setattr(sys, "stdin", stream)
-    cli.run(["--request", "-"])
+    commands.run(["--request", "-"])
     assert asked[0].request.padding
 
 
 def test_a_refusal_names_the_flag_that_was_typed(asked, capsys):
-    assert cli.run([*MODEL, "--micro-batch-size", "0"]) == cli.EXIT_USAGE
+    assert commands.run([*MODEL, "--micro-batch-size", "0"]) == commands.EXIT_USAGE
     assert capsys.readouterr().err.startswith("error: --micro-batch-size: ")
     assert not asked
 
 
 def test_gpu_auto_is_the_card_of_this_machine_with_what_others_hold(asked, monkeypatch, capsys):
     monkeypatch.setattr(nvml, "probe", lambda: LIVE_4090)
-    cli.run([*MODEL, "--gpu", "auto"])
+    commands.run([*MODEL, "--gpu", "auto"])
     hardware = asked[0].request.hardware
     assert (hardware.gpu, hardware.memory_bytes) == ("rtx-4090", None)
     assert hardware.reserved_by_others_bytes == 1_073_741_824
@@ -153,7 +153,7 @@ def test_gpu_auto_is_the_card_of_this_machine_with_what_others_hold(asked, monke
 
 def test_a_typed_figure_wins_over_what_the_driver_says(asked, monkeypatch):
     monkeypatch.setattr(nvml, "probe", lambda: LIVE_4090)
-    cli.run([*MODEL, "--gpu", "auto", "--reserved-by-others", "0", "--memory", "20GiB"])
+    commands.run([*MODEL, "--gpu", "auto", "--reserved-by-others", "0", "--memory", "20GiB"])
     hardware = asked[0].request.hardware
     assert hardware.reserved_by_others_bytes == 0
     assert hardware.memory_bytes == 20 * 2**30
@@ -162,7 +162,7 @@ def test_a_typed_figure_wins_over_what_the_driver_says(asked, monkeypatch):
 def test_a_card_that_the_catalogue_does_not_know_brings_its_own_memory(asked, monkeypatch):
     unknown = replace(LIVE_4090, name="NVIDIA Prototype 77")
     monkeypatch.setattr(nvml, "probe", lambda: unknown)
-    cli.run([*MODEL, "--gpu", "auto"])
+    commands.run([*MODEL, "--gpu", "auto"])
     hardware = asked[0].request.hardware
     assert (hardware.gpu, hardware.memory_bytes) == ("NVIDIA Prototype 77", 25_757_220_864)
 
@@ -172,7 +172,7 @@ def test_gpu_auto_without_a_driver_is_one_friendly_line(asked, monkeypatch, caps
         raise NoDriverError("no NVIDIA driver answered")
 
     monkeypatch.setattr(nvml, "probe", probe)
-    assert cli.run([*MODEL, "--gpu", "auto"]) == cli.EXIT_USAGE
+    assert commands.run([*MODEL, "--gpu", "auto"]) == commands.EXIT_USAGE
     assert capsys.readouterr().err == "error: no NVIDIA driver answered\n"
 
 
@@ -182,7 +182,7 @@ def test_another_engine_gets_the_request_and_the_configuration(monkeypatch, caps
         return replace(result, engine="dry-run")
 
     monkeypatch.setattr(engines, "load_plugin", lambda group, name: dry_run)
-    cli.run([*MODEL, "--engine", "dry-run", "--json"])
+    commands.run([*MODEL, "--engine", "dry-run", "--json"])
     assert json.loads(capsys.readouterr().out)["engine"] == "dry-run"
 
 
@@ -192,7 +192,7 @@ def test_auto_falls_back_to_the_dry_run_and_says_so(monkeypatch, capsys, result)
 
     monkeypatch.setattr(service, "estimate", refuse)
     monkeypatch.setattr(engines, "load_plugin", lambda group, name: lambda *_: result)
-    cli.run([*MODEL, "--engine", "auto", "--json"])
+    commands.run([*MODEL, "--engine", "auto", "--json"])
     notes = json.loads(capsys.readouterr().out)["notes"]
     assert "model_type 'new' is not known" in notes[0]
     assert "dry run" in notes[0]
@@ -200,7 +200,7 @@ def test_auto_falls_back_to_the_dry_run_and_says_so(monkeypatch, capsys, result)
 
 def test_auto_does_not_run_the_dry_run_where_the_analytic_engine_answers(asked, monkeypatch):
     monkeypatch.setattr(engines, "load_plugin", lambda *_: pytest.fail("it was asked"))
-    cli.run([*MODEL, "--engine", "auto"])
+    commands.run([*MODEL, "--engine", "auto"])
     assert len(asked) == 1
 
 
@@ -216,7 +216,7 @@ def test_a_dry_run_without_torch_is_refused_with_the_command_that_installs_it(
 
     monkeypatch.setattr(service, "estimate", refuse)
     monkeypatch.setattr(engines, "load_plugin", lambda group, name: dry_run)
-    assert cli.run([*MODEL, "--engine", engine]) == cli.EXIT_CANNOT_ESTIMATE
+    assert commands.run([*MODEL, "--engine", engine]) == commands.EXIT_CANNOT_ESTIMATE
     assert "pip install 'vramplan[profiler]'" in capsys.readouterr().err
 
 
@@ -225,8 +225,8 @@ def test_a_subcommand_whose_extra_is_missing_says_how_to_install_it(monkeypatch,
         missing = ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
         raise plugins.missing_dependency(missing, name)
 
-    monkeypatch.setattr(cli, "load_plugin", load)
-    assert cli.run(["serve", "--port", "80"]) == cli.EXIT_CANNOT_ESTIMATE
+    monkeypatch.setattr(commands, "load_plugin", load)
+    assert commands.run(["serve", "--port", "80"]) == commands.EXIT_CANNOT_ESTIMATE
     assert capsys.readouterr().err == (
         "error: serve needs 'fastapi', which is not installed: pip install 'vramplan[web]'\n"
     )
@@ -236,8 +236,8 @@ def test_the_help_lists_a_subcommand_whose_extra_is_missing(monkeypatch, capsys)
     def load(group, name):
         raise MissingDependencyError("serve needs 'fastapi'")
 
-    monkeypatch.setattr(cli, "load_plugin", load)
-    assert cli.run(["--help"]) == 0
+    monkeypatch.setattr(commands, "load_plugin", load)
+    assert commands.run(["--help"]) == 0
     assert "serve" in capsys.readouterr().out
 
 
@@ -257,28 +257,28 @@ def test_the_extra_of_a_missing_module_is_read_from_the_package(module, extra):
 
 
 def test_models_are_listed_by_a_part_of_their_name(capsys):
-    assert cli.run(["models", "llama-3.1-8b", "--json"]) == 0
+    assert commands.run(["models", "llama-3.1-8b", "--json"]) == 0
     ids = [model["id"] for model in json.loads(capsys.readouterr().out)]
     assert "meta-llama/Llama-3.1-8B" in ids
     assert all("llama-3.1-8b" in name.lower() for name in ids)
 
 
 def test_gpus_are_listed_by_a_pattern(capsys):
-    assert cli.run(["gpus", "rtx-40*", "--json"]) == 0
+    assert commands.run(["gpus", "rtx-40*", "--json"]) == 0
     keys = [gpu["key"] for gpu in json.loads(capsys.readouterr().out)]
     assert "rtx-4090" in keys
     assert all(key.startswith("rtx-40") for key in keys)
 
 
 def test_a_list_of_nothing_says_so_on_standard_error(capsys):
-    assert cli.run(["gpus", "no-such-card", "--json"]) == 0
+    assert commands.run(["gpus", "no-such-card", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == []
     assert err.startswith("note: ")
 
 
 def test_the_version_is_printed(capsys):
-    assert cli.run(["--version"]) == 0
+    assert commands.run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("vramplan 0.")
 
 
@@ -298,7 +298,7 @@ def test_the_version_is_printed(capsys):
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_two(asked, capsys, arguments, said):
-    assert cli.run(arguments) == cli.EXIT_USAGE
+    assert commands.run(arguments) == commands.EXIT_USAGE
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -311,7 +311,7 @@ def test_an_interrupt_ends_quietly(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(service, "estimate", interrupt)
-    assert cli.run([*MODEL]) == cli.EXIT_INTERRUPTED
+    assert commands.run([*MODEL]) == commands.EXIT_INTERRUPTED
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -322,10 +322,10 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
     terminal = SimpleNamespace(isatty=lambda: True, encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert cli._page(no_color=False).colour is (variable == "none")
-    assert cli._page(no_color=True).colour is False
+    assert commands._page(no_color=False).colour is (variable == "none")
+    assert commands._page(no_color=True).colour is False
 
 
 def test_a_narrow_encoding_gets_a_plain_page(monkeypatch):
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: False, encoding="ascii"))
-    assert cli._page(no_color=False).unicode is False
+    assert commands._page(no_color=False).unicode is False

@@ -5,12 +5,13 @@ import json
 import httpx
 import pytest
 
+MODEL = "HuggingFaceTB/SmolLM2-135M"
 # What no answer may show: traces of the server's own code or files.
 LEAKS = ("Traceback", 'File "', "/estimator/", "site-packages")
 
 
 def request(**fields):
-    return json.dumps({"model": "gpt2", **fields}).encode()
+    return json.dumps({"model": MODEL, **fields}).encode()
 
 
 def config(**fields):
@@ -28,7 +29,7 @@ def config(**fields):
     return json.dumps({"model": {"config": kept}}).encode()
 
 
-# (what is sent, status, slug, JSON pointer of the first error or None)
+# (what is sent, status, slug, JSON pointer of an error or None)
 BODIES = {
     "unknown model": (b'{"model": "no-such/model"}', 404, "unknown-model", None),
     "unknown gpu": (request(hardware={"gpu": "rtx-9999"}), 422, "unknown-gpu", None),
@@ -115,7 +116,7 @@ def test_a_bad_body_gets_a_problem_document(client, name):
     assert problem["instance"] == "/v1/estimate"
     assert "\n" not in problem["detail"]
     if pointer is not None:
-        assert problem["errors"][0]["pointer"] == pointer
+        assert pointer in [error["pointer"] for error in problem["errors"]]
     assert not any(leak in response.text for leak in LEAKS)
 
 
@@ -210,7 +211,7 @@ def test_a_failure_of_the_server_shows_nothing_of_its_inside(client, monkeypatch
         raise RuntimeError("a secret of the server")
 
     monkeypatch.setattr("web.door.estimate", fail)
-    response = client.post("/v1/estimate", json={"model": "gpt2"})
+    response = client.post("/v1/estimate", json={"model": MODEL})
     assert response.status_code == 500
     assert response.headers["content-type"] == "application/problem+json"
     assert response.json()["type"] == "/problems/internal-error"

@@ -156,7 +156,7 @@ def test_the_form_works_from_the_keyboard_alone(open_page):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.id") == "model":
             break
-    page.keyboard.type("gpt2")
+    page.keyboard.type("llama-3.1-8b")
     page.wait_for_selector("#verdict .number")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "gpu"

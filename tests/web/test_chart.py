@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-from estimator.service import estimate
 
 from estimator.catalog import Access
 from estimator.request import parse_request
+from estimator.service import estimate
 from web.chart import peak_chart, timeline_chart
 
 
@@ -16,10 +16,12 @@ def result():
     return estimate(request, access=Access.CATALOGUE)
 
 
-def test_the_segments_stand_side_by_side_and_hold_the_whole_breakdown(result):
+def test_the_segments_stand_side_by_side_and_add_up_to_what_the_driver_shows(result):
     chart = peak_chart(result)
     (bar,) = chart.bars
-    assert bar.bytes == sum(part.bytes for part in result.breakdown)
+    inside = sum(part.bytes for part in result.breakdown)
+    assert bar.bytes == inside + sum(row.bytes for row in result.outside)
+    assert bar.bytes == result.peak.device_used_bytes.expected
     for left, right in zip(bar.segments, bar.segments[1:], strict=False):
         assert right.x == pytest.approx(left.x + left.width, abs=0.01)
 
@@ -49,6 +51,7 @@ def test_ticks_are_few_and_round(result):
     labels = [tick.label for tick in peak_chart(result).ticks]
     assert 2 <= len(labels) <= 9
     assert labels[0] == "0 GiB"
+    assert all(label.endswith(" GiB") for label in labels)
 
 
 def test_the_timeline_marks_the_peak(result):

@@ -8,6 +8,7 @@ import pytest
 from estimator.units import gib
 
 QUERY = {"model": "llama-3.1-8b", "gpu": "rtx-4090", "method": "qlora"}
+MODEL = "HuggingFaceTB/SmolLM2-135M"
 ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 
 
@@ -58,7 +59,7 @@ def test_the_form_shows_the_state_of_the_address(client):
 
 
 def test_any_name_of_a_card_selects_its_entry(client):
-    text = client.get("/", params={"model": "gpt2", "gpu": "NVIDIA GeForce RTX 4090"}).text
+    text = client.get("/", params={"model": MODEL, "gpu": "NVIDIA GeForce RTX 4090"}).text
     assert '<option value="rtx-4090" selected>' in text
 
 
@@ -73,12 +74,12 @@ def test_every_control_has_a_label(client):
     ("query", "status", "words"),
     [
         ({"model": "llama-3.1-8c"}, 404, "meta-llama/Llama-3.1-8B"),
-        ({"model": "gpt2", "gpu": "rtx-9999"}, 422, "unknown GPU"),
-        ({"model": "gpt2", "gpu": "auto"}, 422, "is not yours"),
-        ({"model": "gpt2", "seq-len": "long"}, 422, "not a valid integer"),
-        ({"model": "gpt2", "seq-len": "0"}, 422, "greater than or equal to 1"),
+        ({"model": MODEL, "gpu": "rtx-9999"}, 422, "unknown GPU"),
+        ({"model": MODEL, "gpu": "auto"}, 422, "is not yours"),
+        ({"model": MODEL, "seq-len": "long"}, 422, "not a valid integer"),
+        ({"model": MODEL, "seq-len": "0"}, 422, "greater than or equal to 1"),
         ({"config": "{"}, 400, "not valid JSON"),
-        ({"model": "gpt2", "colour": "red"}, 422, "unknown field"),
+        ({"model": MODEL, "colour": "red"}, 422, "unknown field"),
     ],
 )
 def test_a_refusal_is_said_on_the_page_and_in_its_status(client, query, status, words):
@@ -91,11 +92,11 @@ def test_a_refusal_is_said_on_the_page_and_in_its_status(client, query, status, 
 @pytest.mark.parametrize("name", ["model", "gpu", "seq-len", "config", "precision", "x"])
 def test_what_a_visitor_types_is_never_markup(client, name):
     for value in (ATTACK, "{{ 7 * 7 }}", "</textarea>" + ATTACK, "javascript:alert(1)"):
-        text = client.get("/", params={"model": "gpt2", name: value}).text
+        text = client.get("/", params={"model": MODEL, name: value}).text
         assert "<script>alert" not in text
         assert "<img" not in text
         assert "49" not in re.findall(r"<p class=\"message\">.*", text)[0].replace(value, "")
-    text = client.get("/", params={ATTACK: "1", "model": "gpt2"}).text
+    text = client.get("/", params={ATTACK: "1", "model": MODEL}).text
     assert "<script>alert" not in text
 
 

@@ -8,6 +8,7 @@ const HATCHES = {
   buffers: ".",
   workspace: "-",
   runtime: "|",
+  outside: "+",
 };
 
 let loading = null;

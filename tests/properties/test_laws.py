@@ -1,0 +1,122 @@
+"""Laws that hold for every request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from estimator.eager.size import powers
+from estimator.errors import CannotEstimateError, InvalidRequestError
+from estimator.pipeline import engine_for
+from estimator.render.document import to_json
+from estimator.request import parse_request
+from estimator.result import Range, Result
+from estimator.service import estimate
+from tests.properties.strategies import SETTINGS, configs, documents
+
+
+def answer(document: dict[str, Any]) -> Result | None:
+    """Return the result, None where the combination is refused by name."""
+    try:
+        return estimate(document)
+    except (CannotEstimateError, InvalidRequestError):
+        return None
+
+
+def ordered(each: Range) -> bool:
+    return 0 <= each.low <= each.expected <= each.high
+
+
+@settings(**SETTINGS)
+@given(documents())
+def test_rows_sum_to_the_allocated_peak_and_ranges_are_ordered(document):
+    result = answer(document)
+    if result is None:
+        return
+    peak = result.peak
+    assert sum(part.bytes for part in result.breakdown) == peak.allocated_bytes.expected
+    for part in result.breakdown:
+        assert part.bytes == sum(row.bytes for row in part.rows)
+    outside = sum(row.bytes for row in result.outside)
+    assert outside == peak.device_used_bytes.expected - peak.allocated_bytes.expected
+    for each in (peak.allocated_bytes, peak.reserved_bytes, peak.device_used_bytes):
+        assert ordered(each)
+
+
+@settings(**SETTINGS)
+@given(documents())
+def test_the_timeline_reaches_the_peak_and_nowhere_exceeds_it(document):
+    result = answer(document)
+    if result is None:
+        return
+    highest = max(result.timeline, key=lambda moment: moment.bytes)
+    assert highest.bytes == result.peak.allocated_bytes.expected
+    for moment in result.timeline:
+        assert moment.bytes == sum(moment.components.values())
+
+
+@settings(**SETTINGS)
+@given(documents(), st.sampled_from(["micro_batch_size", "seq_len"]), st.integers(1, 500))
+def test_a_larger_micro_batch_or_length_never_needs_less(document, field, more):
+    before, after = answer(document), answer({**document, field: document[field] + more})
+    if before is None or after is None:
+        return
+    assert after.peak.allocated_bytes.expected >= before.peak.allocated_bytes.expected
+
+
+@settings(**SETTINGS)
+@given(documents())
+def test_the_same_request_gives_the_same_document_to_the_byte(document):
+    first, second = answer(document), answer(document)
+    if first is not None and second is not None:
+        assert to_json(first) == to_json(second)
+
+
+@settings(**SETTINGS)
+@given(documents())
+def test_what_is_alive_at_a_moment_sums_to_the_moment(document):
+    request = parse_request(document)
+    try:
+        engine = engine_for(request, document["model"]["config"], "drawn")
+    except (CannotEstimateError, InvalidRequestError):
+        return
+    b, s = request.micro_batch_size, request.seq_len
+    for moment in engine.step(b, s).moments:
+        assert moment.alive.polynomial() == moment.total
+        assert all(entry.count > 0 for entry in moment.alive.entries)
+        assert moment.bytes_at(powers(b, s)) > 0
+
+
+@settings(max_examples=15, deadline=None)
+@given(documents())
+def test_the_largest_run_that_fits_is_the_largest(document):
+    document["hardware"] = {"gpu": "rtx-4090"}
+    result = answer(document)
+    if result is None:
+        return
+    for field, largest in (
+        ("micro_batch_size", result.limits.max_micro_batch_size),
+        ("seq_len", result.limits.max_seq_len),
+    ):
+        assert largest is not None
+        if 0 < largest < 60_000:
+            at, beyond = (answer({**document, field: largest + more}) for more in (0, 1))
+            assert at is not None
+            assert beyond is not None
+            assert at.verdict == "fits"
+            assert beyond.verdict != "fits"
+
+
+@settings(**SETTINGS)
+@given(configs(), st.sampled_from(["sgd", "adamw_torch", "adafactor"]))
+def test_freezing_the_model_never_needs_more_for_states(config, optimizer):
+    full = answer({"model": {"config": config}, "optimizer": optimizer})
+    lora = answer(
+        {"model": {"config": config}, "optimizer": optimizer, "method": {"name": "lora", "r": 1}}
+    )
+    assert full is not None
+    assert lora is not None
+    assert lora.parameters.trainable < full.parameters.trainable
+    assert lora.parameters.total > full.parameters.total
