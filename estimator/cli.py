@@ -6,8 +6,6 @@ import gc
 import os
 import sys
 
-EXIT_INTERRUPTED = 130
-
 
 def main() -> None:
     """Run the command and end the process with its exit code."""
@@ -20,7 +18,11 @@ def main() -> None:
 
         code = run()
     except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
+        code = 130
+    except Exception:
+        # A fault of ours shows where it is, but not with exit code 1: that says "does not fit".
+        sys.excepthook(*sys.exc_info())
+        code = 3
     # What is frozen is not searched for garbage at the end, which took a tenth of the whole run.
     gc.freeze()
     sys.exit(code)

@@ -16,7 +16,6 @@ import click
 from click.core import ParameterSource
 
 from estimator import __version__
-from estimator.cli import EXIT_INTERRUPTED
 from estimator.errors import CannotEstimateError, EstimatorError, MissingDependencyError
 from estimator.flags import (
     GroupedHelp,
@@ -37,6 +36,7 @@ EXIT_DOES_NOT_FIT: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_CANNOT_ESTIMATE: Final = CannotEstimateError.exit_code
 EXIT_TIGHT: Final = 4
+EXIT_INTERRUPTED: Final = 130
 MAX_LINE: Final = 600
 
 _EPILOG: Final = """\

@@ -19,7 +19,7 @@ from estimator.calibration import (
     reserved_range,
 )
 from estimator.catalog import Gpu
-from estimator.components import COMPONENTS
+from estimator.components import COMPONENTS, Component
 from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.allocator import charge
@@ -110,7 +110,7 @@ class Engine:
         ranked = sorted(highest.values(), key=lambda each: -each[0])
         fixed = HANDLES * constants.cublas_workspace
         top = ranked[0][1]
-        allocated = rounded_bytes(top.alive, at) + fixed
+        allocated = rounded_bytes(top, at) + fixed
         runner_up = None
         if len(ranked) > 1:
             runner_up = (ranked[1][1].name, ranked[1][0] - ranked[0][0] + allocated)
@@ -128,9 +128,10 @@ class Engine:
         return judge(used, device.capacity.usable_bytes)
 
 
-def rounded_bytes(alive: Ledger, at: Polynomial) -> int:
-    """Sum the blocks that the allocator hands out for everything alive."""
-    return sum(charge(entry_size(each, at)) * each.count for each in alive.entries)
+def rounded_bytes(moment: Moment, at: Polynomial) -> int:
+    """Sum the blocks that the allocator hands out for everything alive at a moment."""
+    passing = sum(charge(entry_size(each, at)) * each.count for each in moment.passing.entries)
+    return moment.standing.constant_charge + passing
 
 
 def entry_size(entry: Entry, at: Polynomial) -> int:
@@ -262,22 +263,21 @@ def _runner_up(reading: Reading) -> RunnerUp | None:
     return RunnerUp(name, max(0, reading.allocated - size))
 
 
-def _device_entries(alive: Ledger, at: Polynomial, constants: DeviceConstants) -> Ledger:
-    """Return a moment's entries with the library workspaces and the block rounding among them."""
-    tensors = sum(entry_size(each, at) * each.count for each in alive.entries)
-    rounding = rounded_bytes(alive, at) - tensors
+def _overhead(moment: Moment, at: Polynomial, constants: DeviceConstants) -> tuple[Entry, Entry]:
+    """Return the library workspaces and the block rounding of a moment."""
     workspace = constants.cublas_workspace
-    return alive.plus(
+    return (
         Entry(
             constant_row(
-                "cuBLAS workspace", "workspace", "process", workspace,
-                f"{HANDLES} handles x {workspace} B", constants.cublas_source,
+                "cuBLAS workspace", "workspace", "process", workspace, f"{workspace} B",
+                constants.cublas_source,
             ),
             HANDLES,
         ),
         Entry(
             constant_row(
-                "allocator rounding", "runtime", "process", rounding,
+                "allocator rounding", "runtime", "process",
+                rounded_bytes(moment, at) - moment.bytes_at(at),
                 "blocks handed out - bytes requested", _ROUNDING,
             ),
             1,
@@ -291,7 +291,7 @@ def _breakdown(
     """Return the rows that are alive at a moment by component, largest first."""
     at = powers(b, s)
     rows: dict[str, list[ResultRow]] = {}
-    for entry in _merged(_device_entries(moment.alive, at, constants)):
+    for entry in _merged(moment.alive.plus(*_overhead(moment, at, constants))):
         row, size = entry.row, entry_size(entry, at)
         if size == 0:
             continue
@@ -375,9 +375,9 @@ def _timeline(step: Step, b: int, s: int, constants: DeviceConstants) -> tuple[M
             highest[moment.name] = moment
     timeline = []
     for name, moment in highest.items():
-        entries = _device_entries(moment.alive, at, constants)
-        components = dict.fromkeys(COMPONENTS, 0)
-        for entry in entries.entries:
+        components: dict[Component, int] = dict.fromkeys(COMPONENTS, 0)
+        components.update(moment.standing.constant_components)
+        for entry in (*moment.passing.entries, *_overhead(moment, at, constants)):
             components[entry.row.component] += entry_size(entry, at) * entry.count
         shown: dict[str, int] = {key: size for key, size in components.items() if size}
         timeline.append(MomentBytes(name, sum(shown.values()), shown))

@@ -142,10 +142,15 @@ def suggestions(question: Question) -> tuple[Suggestion, ...]:
                 verdict_after=after[1],
             )
         )
-    return tuple(sorted(found, key=_usefulness)[:SHOWN])
+    settled = before is not None and before[1] in ("fits", "unknown")
+    return tuple(sorted(found, key=_most_saved if settled else _cheapest_that_fits)[:SHOWN])
 
 
-def _usefulness(each: Suggestion) -> tuple[int, int, int]:
+def _most_saved(each: Suggestion) -> tuple[int, int, int]:
+    return (0, 0, -each.saves_bytes)
+
+
+def _cheapest_that_fits(each: Suggestion) -> tuple[int, int, int]:
     """Rank what fits before what does not, then the cheap before the dear, then by saving."""
     fits = 0 if each.verdict_after == "fits" else 1
     return (fits, _RANK[each.cost] if fits == 0 else 0, -each.saves_bytes)

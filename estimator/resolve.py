@@ -19,6 +19,9 @@ from estimator.techniques.precision import PRECISIONS, Precision
 from estimator.techniques.quantization import Quantize
 from estimator.techniques.stage import Technique, apply_all
 
+CHECKPOINTING: Final = ("none", "full")
+"""The kinds of activation checkpointing that have an answer."""
+
 _COMPUTE: Final = {each.label: each for each in DType}
 
 
@@ -107,8 +110,9 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
     method = request.method
     refused = {
         f"task {request.task!r}": request.task not in ("sft", "pretrain"),
-        f"activation_checkpointing {request.activation_checkpointing!r} (known: none, full)": (
-            request.activation_checkpointing not in ("none", "full")
+        f"activation_checkpointing {request.activation_checkpointing!r} "
+        f"(known: {', '.join(CHECKPOINTING)})": (
+            request.activation_checkpointing not in CHECKPOINTING
         ),
         f"attention {request.attention!r}": (
             request.attention not in ("eager", "sdpa", "flash_attention_2")

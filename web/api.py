@@ -85,7 +85,7 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
         def content_for() -> bytes:
             return to_json(answer(parse_request(body), metrics=metrics, door="api"))
 
-        # A recipe seen for the first time takes a fraction of a second: probes must not wait for it.
+        # A recipe seen for the first time takes a fraction of a second: others must not wait.
         content = await run_in_threadpool(content_for)
         return Response(content, media_type="application/json", headers={"ETag": _etag(content)})
 

@@ -20,6 +20,7 @@ from estimator.config_file import parse_config
 from estimator.errors import InvalidRequestError
 from estimator.flags import FLAG_GROUPS, FLAGS, OrNone, overlay, request_fields, request_options
 from estimator.request import METHOD_ALIASES, Method, expand_short_forms
+from estimator.resolve import CHECKPOINTING
 from estimator.techniques.optimizers import OPTIMIZERS
 
 CONFIG: Final = "config"
@@ -34,7 +35,10 @@ FIRST: Final = (
 )  # fmt: skip
 
 # Fields that are any word to the parser, and the table that says which words have an answer.
-_TABLES: Final[dict[str, tuple[str, ...]]] = {"/optimizer/name": tuple(OPTIMIZERS)}
+_TABLES: Final[dict[str, tuple[str, ...]]] = {
+    "/optimizer/name": tuple(OPTIMIZERS),
+    "/activation_checkpointing": CHECKPOINTING,
+}
 
 # Where a flag's own text speaks of the machine that the command line runs on.
 _HINTS: Final = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
+from estimator.dtypes import DType
 from estimator.eager import ops
 from estimator.eager.ops import F32, Grads, Out
 from estimator.eager.size import BATCH, ONE, SEQ, Dim, Shape, dim
@@ -141,17 +142,32 @@ def scores(heads: Heads) -> Shape:
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads, p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    heads: Heads,
+    p: float = 0.0,
+    *,
+    softcap: bool = False,
+    softmax_dtype: DType | None = F32,
 ) -> Tensor:
     """Attention in separate operators, as transformers' `eager_attention_forward` writes it.
 
-    Source: hf-modeling, llama/modeling_llama.py, eager_attention_forward.
+    Args:
+        softcap: Gemma 2 bends the scores with tanh.
+        softmax_dtype: what the scores are cast to for the softmax; GPT-2 leaves them as they are.
+
+    Source: hf-modeling, llama/modeling_llama.py, gemma2/modeling_gemma2.py and
+    gpt2/modeling_gpt2.py, eager_attention_forward.
     """
     keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
     weights = ops.scale(ops.matmul(q, keys, scores(heads), "scores"), "scaled scores")
+    if softcap:
+        weights = ops.softcapped(weights)
     if mask is not None:
         weights = ops.add(weights, mask, "masked scores")
-    weights = ops.cast(ops.softmax(weights, F32), q.dtype)
+    weights = ops.cast(ops.softmax(weights, softmax_dtype), q.dtype)
     weights = ops.dropout(weights, p)
     out = ops.matmul(weights, values, (BATCH, heads.query, SEQ, heads.width), "attention output")
     return ops.copy(out)

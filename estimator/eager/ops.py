@@ -137,6 +137,17 @@ def shift(x: Tensor, name: str = "add a number") -> Tensor:
     return out
 
 
+def softcapped(x: Tensor) -> Tensor:
+    """`tanh(x / cap) * cap` in three operators; the tangent is saved.
+
+    Source: hf-modeling, gemma2/modeling_gemma2.py, eager_attention_forward and
+    Gemma2ForCausalLM.forward.
+    """
+    x = scale(x, "input over the cap")
+    x = tanh(x)
+    return scale(x, "capped")
+
+
 def rsqrt(x: Tensor) -> Tensor:
     """Reciprocal root, in fp32 under autocast; saves its output.
 
@@ -203,6 +214,17 @@ def add(x: Operand, y: Operand, name: str = "add") -> Tensor:
     tape = x.tape if isinstance(x, Tensor) else y.tape  # type: ignore[union-attr]
     out = tape.new(name, big.shape, promote(x.dtype, y.dtype), _derivative("add.Tensor"))
     tape.record(name, (x, y), (), lambda node, grads, saved: (grads[0], grads[0]), out)
+    return out
+
+
+def one_plus(tape: Tape, weight: Param) -> Tensor:
+    """`1.0 + weight.float()`: an fp32 tensor of the weight's shape. Saves nothing."""
+    out = tape.new("one plus the weight", weight.shape, F32, _derivative("add.Tensor"))
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        return (grads[0] if node.meta_of(0)[1] is F32 else node.new_grad(0),)
+
+    tape.record("one plus the weight", (weight,), (), rule, out)
     return out
 
 
@@ -327,7 +349,7 @@ def matmul(x: Tensor, y: Tensor, shape: Shape, name: str) -> Tensor:
 # -- normalisation, softmax and loss -----------------------------------------------------------
 
 
-def layer_norm(x: Tensor, weight: Param, bias: Param | None) -> Tensor:
+def layer_norm(x: Tensor, weight: Param | None, bias: Param | None) -> Tensor:
     """`native_layer_norm`, in fp32 under autocast; saves its input and two fp32 per row."""
     given = autocast_to_float(x)
     source = _derivative("native_layer_norm")

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from estimator.components import Component
 from estimator.dtypes import DType
-from estimator.eager.size import Shape, elements
+from estimator.eager.size import MONOMIALS, Polynomial, Shape, elements
 from estimator.sources import Assumption, Cite
 
 
@@ -46,11 +46,12 @@ Live = dict[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A local maximum of the live bytes: where in the step it lies, and what is alive."""
+    """A local maximum of the live bytes: where in the step it lies, what is alive, its sum."""
 
     site: int
     phase: str
     live: Live
+    total: Polynomial
 
 
 class Storage:
@@ -211,9 +212,11 @@ class Tape:
     def __init__(self, autocast: DType | None = None, regime: Regime | None = None) -> None:
         self.regime = regime or Regime()
         self.kinds: list[TensorKind] = []
+        self._sizes: list[tuple[int, int]] = []
+        self._total = [0] * len(MONOMIALS)
         self._index: dict[TensorKind, int] = {}
         self.live: Live = {}
-        self.instants: list[Instant] = []
+        self._instants: dict[tuple[str, int], list[Instant]] = {}
         self.site = 0
         self.phase = "forward"
         self.prefix = ""
@@ -232,6 +235,8 @@ class Tape:
     def born(self, kind: int) -> None:
         """Count one more living tensor of a kind."""
         self.live[kind] = self.live.get(kind, 0) + 1
+        coefficient, monomial = self._sizes[kind]
+        self._total[monomial] += coefficient
         self._grown = True
 
     def died(self, kind: int) -> None:
@@ -243,6 +248,8 @@ class Tape:
             self.live[kind] = left
         else:
             del self.live[kind]
+        coefficient, monomial = self._sizes[kind]
+        self._total[monomial] -= coefficient
 
     def enter(self, site: int) -> None:
         """Go to another site of the step; what has grown so far belongs to the one before."""
@@ -254,9 +261,25 @@ class Tape:
             self.site = site
 
     def mark(self) -> None:
-        """Record what is alive now as an instant of the step."""
-        self.instants.append(Instant(self.site, self.phase, dict(self.live)))
+        """Record what is alive now, unless an instant of the same place is nowhere below it."""
         self._grown = False
+        here = self._instants.setdefault((self.phase, self.site), [])
+        a0, a1, a2, a3, a4, a5 = self._total
+        keep = []
+        for each in here:
+            b0, b1, b2, b3, b4, b5 = each.total
+            if b3 >= a3 and b0 >= a0 and b5 >= a5 and b4 >= a4 and b2 >= a2 and b1 >= a1:
+                return
+            if not (a3 >= b3 and a0 >= b0 and a5 >= b5 and a4 >= b4 and a2 >= b2 and a1 >= b1):
+                keep.append(each)
+        total = (a0, a1, a2, a3, a4, a5)
+        here[:] = [*keep, Instant(self.site, self.phase, dict(self.live), total)]
+
+    def instants(self, phase: str) -> Iterator[tuple[int, list[Instant]]]:
+        """Yield for each site of a phase its instants, in the order of time."""
+        for (when, site), found in self._instants.items():
+            if when == phase and found:
+                yield site, found
 
     def kind(self, kind: TensorKind) -> int:
         """Return the index of a kind, giving it one when it is new."""
@@ -264,6 +287,7 @@ class Tape:
         if index is None:
             index = self._index[kind] = len(self.kinds)
             self.kinds.append(kind)
+            self._sizes.append(kind.size)
         return index
 
     def new(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from estimator.components import Basis, Component
 from estimator.dtypes import DType
 from estimator.eager.size import BATCH, SEQ, Polynomial, Shape, elements
+from estimator.memory.allocator import charge
 from estimator.sources import Assumption, Cite
 
 
@@ -45,7 +47,7 @@ class Entry:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ledger:
     """Entries that are alive together."""
 
@@ -59,11 +61,19 @@ class Ledger:
         """Return the sum of all entries as a polynomial in b and s."""
         return polynomial((each.row.size, each.count) for each in self.entries)
 
-    def component_bytes(self, component: Component) -> Polynomial:
-        """Return the sum of one component's entries as a polynomial in b and s."""
-        return polynomial(
-            (each.row.size, each.count) for each in self.entries if each.row.component == component
-        )
+    @cached_property
+    def constant_charge(self) -> int:
+        """Bytes of the blocks of a ledger whose sizes do not depend on the batch."""
+        return sum(charge(each.row.size[0]) * each.count for each in self.entries)
+
+    @cached_property
+    def constant_components(self) -> dict[Component, int]:
+        """Bytes by component of a ledger whose sizes do not depend on the batch."""
+        total: dict[Component, int] = {}
+        for each in self.entries:
+            row = each.row
+            total[row.component] = total.get(row.component, 0) + row.size[0] * each.count
+        return total
 
 
 def polynomial(sizes: Iterable[tuple[tuple[int, int], int]]) -> Polynomial:

@@ -30,14 +30,22 @@ class Moment:
     def bytes_at(self, at: Polynomial) -> int:
         """Bytes at the micro-batch and length whose powers are given."""
         a, b = self.total, at
-        return (
-            a[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5]
-        )  # the first power is 1
+        return a[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5]
 
     @cached_property
+    def passing(self) -> Ledger:
+        """What is alive at this moment beside the standing entries."""
+        return self.place.passing()
+
+    @property
+    def standing(self) -> Ledger:
+        """What is alive at every moment."""
+        return self.place.assembly.always
+
+    @property
     def alive(self) -> Ledger:
         """Everything that is alive at this moment."""
-        return self.place.ledger()
+        return self.standing.plus(*self.passing.entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +66,9 @@ class _Place:
     backward: bool
     extra: tuple[Entry, ...] = ()
 
-    def ledger(self) -> Ledger:
-        """List the standing entries and those of this moment."""
-        alive = self.assembly.alive(self)
-        entries = (Entry(row, count) for row, count in alive.items() if count)
-        return Ledger((*self.assembly.always.entries, *entries, *self.extra))
+    def passing(self) -> Ledger:
+        """List the entries of this moment that do not stand through the whole step."""
+        return Ledger((*self.assembly.alive(self), *self.extra))
 
 
 def compile_step(run: Run, regime: Regime) -> Step:
@@ -88,6 +94,7 @@ class _Assembly:
         self.always = always
         self.constant = always.polynomial()
         self.sizes = tuple(kind.size for kind in seen.kinds)
+        self._site = tuple(kind.site for kind in seen.kinds)
         last = len(seen.sites)
         self.order = (0, *seen.chain, last - 3, last - 2, last - 1)
         self.times = Counter(self.order)
@@ -103,12 +110,12 @@ class _Assembly:
         What earlier sites saved only grows, so of all layers of one kind the last is the highest.
         """
         saved = self.forward_saved
-        for site, instants in self._instants("forward"):
+        for site, instants in self.seen.forward:
             position = max(index for index, each in enumerate(self.order) if each == site)
             before = _add(saved[each] for each in self.order[:position])
             here = _add(saved[:site])
-            for instant, total in instants:
-                yield self._moment(instant, _shift(total, here, before), position)
+            for instant in instants:
+                yield self._moment(instant, _shift(instant.total, here, before), position)
 
     def backward(self) -> Iterator[Moment]:
         """Yield the candidates of the backward pass.
@@ -117,13 +124,13 @@ class _Assembly:
         the position and only the ends of each run of equal steps can be the highest.
         """
         saved, left = self.backward_saved, self.left
-        for site, instants in self._instants("backward"):
+        for site, instants in self.seen.backward:
             here = _add((*saved[:site], *left[site + 1 :]))
             for position in self._ends(site):
                 before, after = self.order[:position], self.order[position + 1 :]
                 around = _add((*(saved[each] for each in before), *(left[each] for each in after)))
-                for instant, total in instants:
-                    yield self._moment(instant, _shift(total, here, around), position)
+                for instant in instants:
+                    yield self._moment(instant, _shift(instant.total, here, around), position)
 
     def after(self, name: str, live: Live, more: Polynomial, extra: tuple[Entry, ...]) -> Moment:
         """Return a moment after backward, with what every site has left then."""
@@ -144,18 +151,18 @@ class _Assembly:
 
     # -- what is alive ------------------------------------------------------------------------
 
-    def alive(self, place: _Place) -> Counter[Row]:
-        """Count the rows that are alive at a place of the assembled step."""
-        times = self._times_around(place)
-        total: Counter[Row] = Counter()
-        before, after = self._held(place)
-        for source, side in ((before, 0), (after, 1)):
-            for kind, count in source.items():
-                total[self._row(kind)] += count * times[side][self.seen.kinds[kind].site]
+    def alive(self, place: _Place) -> list[Entry]:
+        """List what is alive at a place of the assembled step, beside what always is."""
+        total: dict[int, int] = {}
+        before, after = self._times_around(place)
+        held_before, held_after = self._held(place)
+        for held, times in ((held_before, before), (held_after, after)):
+            for kind, count in held.items():
+                total[kind] = total.get(kind, 0) + count * times[self._site[kind]]
         for kind, count in place.live.items():
-            site = self.seen.kinds[kind].site
-            total[self._row(kind)] += count * (self.times[site] if place.site < 0 else 1)
-        return total
+            repeated = self.times[self._site[kind]] if place.site < 0 else 1
+            total[kind] = total.get(kind, 0) + count * repeated
+        return [Entry(self.rows[kind], count) for kind, count in total.items() if count]
 
     def _held(self, place: _Place) -> tuple[Live, Live]:
         if place.site < 0:
@@ -191,18 +198,6 @@ class _Assembly:
         steps = {self.order[a:b] for a, b in pairwise(positions)}
         return [positions[0], positions[-1]] if len(steps) == 1 else positions
 
-    def _instants(self, phase: str) -> Iterator[tuple[int, list[tuple[Instant, Polynomial]]]]:
-        """Yield for each site its instants, without those that another one covers entirely."""
-        grouped: dict[int, list[tuple[Instant, Polynomial]]] = {}
-        for instant in self.seen.instants:
-            if instant.phase == phase:
-                total = polynomial(
-                    (self.sizes[kind], count) for kind, count in instant.live.items()
-                )
-                grouped.setdefault(instant.site, []).append((instant, total))
-        for site, instants in grouped.items():
-            yield site, _highest(instants)
-
     def _totals(self, live: Live) -> list[Polynomial]:
         """Sum what is alive for each site of the chain."""
         split: list[list[tuple[tuple[int, int], int]]] = [[] for _ in self.seen.sites]
@@ -210,30 +205,20 @@ class _Assembly:
             split[self.seen.kinds[kind].site].append((self.sizes[kind], count))
         return [polynomial(each) for each in split]
 
-    def _row(self, index: int) -> Row:
-        kind = self.seen.kinds[index]
-        return Row(
-            kind.name,
-            kind.component,
-            self.seen.sites[kind.site],
-            kind.size,
-            formula(kind.shape, kind.dtype),
-            kind.source,
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The ledger row of each kind of tensor."""
+        return tuple(
+            Row(
+                kind.name,
+                kind.component,
+                self.seen.sites[kind.site],
+                kind.size,
+                formula(kind.shape, kind.dtype),
+                kind.source,
+            )
+            for kind in self.seen.kinds
         )
-
-
-def _highest(instants: list[tuple[Instant, Polynomial]]) -> list[tuple[Instant, Polynomial]]:
-    keep: list[tuple[Instant, Polynomial]] = []
-    for each in instants:
-        if not any(_covers(other[1], each[1]) for other in keep):
-            keep = [other for other in keep if not _covers(each[1], other[1])]
-            keep.append(each)
-    return keep
-
-
-def _covers(high: Polynomial, low: Polynomial) -> bool:
-    """Whether one polynomial is nowhere below the other."""
-    return all(a >= b for a, b in zip(high, low, strict=True))
 
 
 def _add(polynomials: Iterable[tuple[int, ...]]) -> Polynomial:

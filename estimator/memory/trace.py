@@ -15,7 +15,7 @@ from estimator.eager import ops
 from estimator.eager.checkpoint import checkpoint
 from estimator.eager.engine import backward
 from estimator.eager.size import BATCH, SEQ
-from estimator.eager.tensor import Edge, Instant, Live, Param, Regime, Tape, Tensor, TensorKind
+from estimator.eager.tensor import Instant, Live, Regime, Tape, Tensor, TensorKind
 from estimator.memory.loss import LOSSES
 from estimator.model.forward import Forward
 from estimator.model.spec import LayerKind
@@ -33,7 +33,7 @@ class Trace:
         kinds: the kinds of tensor, by index.
         sites: the name of each site of the chain.
         chain: for each real layer, the site of the chain that stands for it.
-        instants: local maxima in the order of time.
+        forward, backward: for each site its local maxima, in the order of time.
         forward_saved: what is alive when the forward pass of the model has ended.
         backward_saved: what is alive when backward begins.
         left: what backward has left when it reaches the embeddings.
@@ -43,7 +43,8 @@ class Trace:
     kinds: tuple[TensorKind, ...]
     sites: tuple[str, ...]
     chain: tuple[int, ...]
-    instants: tuple[Instant, ...]
+    forward: tuple[tuple[int, list[Instant]], ...]
+    backward: tuple[tuple[int, list[Instant]], ...]
     forward_saved: Live
     backward_saved: Live
     left: Live
@@ -56,6 +57,7 @@ def trace(run: Run, regime: Regime) -> Trace:
     tape.grads_exist = run.accumulates
     kinds, chain = _chain(run)
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
+    forward.input_requires_grad = run.input_requires_grad
     batch = [_input(tape, name) for name in ("input_ids", "attention_mask", "labels")]
     tape.autocast_enabled = run.autocast is not None
     loss, outputs = _forward(run, forward, kinds, batch)
@@ -65,9 +67,6 @@ def trace(run: Run, regime: Regime) -> Trace:
     if not run.keeps_outputs:
         outputs.held.clear()
         forward.cache.clear()
-    if not run.checkpointing:
-        forward.rotary.clear()
-        forward.masks.clear()
     backward_saved = dict(tape.live)
     tape.phase = "backward"
     backward(loss)
@@ -80,9 +79,16 @@ def trace(run: Run, regime: Regime) -> Trace:
     sites = ("embeddings", *(kind.name for kind in kinds), "final_norm", "head", "loss")
     left = tape.left_behind if tape.left_behind is not None else end
     return Trace(
-        tuple(tape.kinds), sites, chain, tuple(tape.instants), forward_saved, backward_saved,
-        left, end,
-    )  # fmt: skip
+        kinds=tuple(tape.kinds),
+        sites=sites,
+        chain=chain,
+        forward=tuple(tape.instants("forward")),
+        backward=tuple(tape.instants("backward")),
+        forward_saved=forward_saved,
+        backward_saved=backward_saved,
+        left=left,
+        end=end,
+    )
 
 
 def _chain(run: Run) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
@@ -143,18 +149,20 @@ def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor
     """Run embeddings, layers and final norm."""
     spec, family, tape = run.spec, run.spec.family, forward.tape
     forward.enter(0, spec.embeddings)
-    embedded = family.embed(forward, ids)
-    if run.input_requires_grad and not embedded.requires_grad:
-        embedded.edge = Edge(Param("inputs_embeds", embedded.shape, embedded.dtype, True))
+    hidden = family.embed(forward, ids)
     forward.prepare_masks(spec.kinds)
-    hidden = embedded
     for site, kind in enumerate(kinds, start=1):
         forward.enter(site, kind.modules)
         with tape.module("layer"):
             region = _region(forward, site, kind)
             hidden = checkpoint(region, hidden) if run.checkpointing else region(hidden)
     forward.enter(len(kinds) + 1, spec.final)
-    return family.final(forward, hidden)
+    hidden = family.final(forward, hidden)
+    forward.names.clear()
+    if not run.checkpointing:
+        forward.rotary.clear()
+        forward.masks.clear()
+    return hidden
 
 
 def _region(forward: Forward, site: int, kind: LayerKind) -> Callable[[Tensor], Tensor]:

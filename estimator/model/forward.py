@@ -8,10 +8,10 @@ from typing import Final, TypeVar
 
 from estimator.dtypes import DType
 from estimator.eager import attention, ops
-from estimator.eager.attention import MASK, Heads
+from estimator.eager.attention import MASK
 from estimator.eager.ops import F32
 from estimator.eager.size import BATCH, ONE, SEQ, dim
-from estimator.eager.tensor import Param, Tape, Tensor, view
+from estimator.eager.tensor import Edge, Param, Tape, Tensor, view
 from estimator.errors import UnsupportedModelError
 from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Module, Norm, Weight
 from estimator.sources import Cite
@@ -47,6 +47,9 @@ class Forward:
         self.rotary: dict[str, tuple[Tensor, Tensor]] = {}
         self.masks: dict[str, Tensor] = {}
         self.cache: list[Tensor] = []
+        # Local names of the model's forward that live until it returns.
+        self.names: dict[str, Tensor] = {}
+        self.input_requires_grad = False
         self._params: dict[tuple[int, str, str], Param] = {}
         self._tied: dict[str, str] = {}
 
@@ -104,20 +107,33 @@ class Forward:
         with self.tape.module(name):
             return ops.mul(self.norm_weight(name), ops.cast(normalized(x), x.dtype))
 
+    def centered_rms_norm(self, x: Tensor, name: str) -> Tensor:
+        """RMSNorm as Gemma writes it: one is added to the weight, and all of it is in fp32.
+
+        Source: hf-modeling, gemma/modeling_gemma.py, GemmaRMSNorm.forward.
+        """
+        with self.tape.module(name):
+            output = normalized(x)
+            output = ops.mul(output, ops.one_plus(self.tape, self.norm_weight(name)), "weighted")
+            return ops.cast(output, x.dtype)
+
     def layer_norm(self, x: Tensor, name: str) -> Tensor:
         """Run torch's LayerNorm."""
-        module = self._find(name, Norm)
-        weight, *bias = module.weights()
+        weights = [self.param(name, each) for each in self._find(name, Norm).weights()]
+        weight, bias = (*weights, None, None)[:2]
         with self.tape.module(name):
-            return ops.layer_norm(
-                x, self.param(name, weight), self.param(name, bias[0]) if bias else None
-            )
+            return ops.layer_norm(x, weight, bias)
 
     def embedding(self, ids: Tensor, name: str) -> Tensor:
-        """Look rows up in a table."""
+        """Look rows up in a table; the model's forward keeps a name on those of the first table."""
         module = self._find(name, Embedding)
         with self.tape.module(name):
-            return ops.embedding(ids, self.param(name, module.weights()[0]), module.width)
+            out = ops.embedding(ids, self.param(name, module.weights()[0]), module.width)
+        if name == self.spec.embeddings[0].name:
+            if self.input_requires_grad and not out.requires_grad:
+                out.edge = Edge(Param("inputs_embeds", out.shape, out.dtype, True))
+            self.names["inputs_embeds"] = out
+        return out
 
     def norm_weight(self, name: str) -> Param:
         """Return a norm's weight."""
@@ -185,7 +201,16 @@ class Forward:
         """Whether the length is beyond this kind's window."""
         return self.tape.regime.exceeds_window and kind.sliding_window is not None
 
-    def attend(self, kind: LayerKind, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
+    def attend(
+        self,
+        kind: LayerKind,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        p: float = 0.0,
+        *,
+        softcap: bool = False,
+    ) -> Tensor:
         """Run attention as the chosen implementation does, and return [b, s, H*d].
 
         Args:
@@ -193,18 +218,20 @@ class Forward:
             k: [b, s, KV, d]
             v: [b, s, KV, d]
             p: dropout on the attention weights.
+            softcap: scores are bent by tanh, which FlashAttention does without a copy.
         """
         if self.settings.keeps_cache:
             self.cache += [k, v]
         mask = self.masks.get("sliding" if kind.sliding_window is not None else "full")
-        out = self._kernel(kind.heads, q, k, v, mask, p)
+        out = self._kernel(kind, q, k, v, mask, p)
         return view(out, (BATCH, SEQ, dim("H·d", kind.heads.query.value * kind.heads.width.value)))
 
     def _kernel(
-        self, heads: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float
+        self, kind: LayerKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float
     ) -> Tensor:
+        heads = kind.heads
         if self.settings.attention == "eager":
-            return attention.eager(q, k, v, mask, heads, p)
+            return kind.eager(q, k, v, mask, heads, p)
         if mask is not None:
             keys, values = (attention.repeat_heads(each, heads) for each in (k, v))
             return attention.efficient(q, keys, values, mask, heads)
@@ -225,6 +252,18 @@ class Forward:
         gate, up, down = names
         hidden = activate(self.linear(x, gate), activation)
         return self.linear(ops.mul(hidden, self.linear(x, up), "gated product"), down)
+
+    def plain_mlp(
+        self, x: Tensor, activation: str, names: tuple[str, str], p: float = 0.0
+    ) -> Tensor:
+        """Run `dropout(down(act(up(x))))`.
+
+        Source: hf-modeling, gpt2/modeling_gpt2.py, GPT2MLP.forward.
+        """
+        up, down = names
+        hidden = activate(self.linear(x, up), activation)
+        hidden = self.linear(hidden, down)
+        return ops.dropout(hidden, p)
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -257,9 +296,20 @@ def gelu_new(x: Tensor) -> Tensor:
 
     Source: hf-modeling, activations.py, NewGELUActivation.forward.
     """
-    inner = ops.add(x, ops.scale(ops.power(x, "cube")), "inner sum")
-    bent = ops.shift(ops.tanh(ops.scale(inner)))
-    return ops.mul(ops.scale(x), bent)
+    half = ops.scale(x, "half the input")
+    bent = ops.tanh(ops.scale(ops.add(x, ops.scale(ops.power(x, "cube")), "inner sum")))
+    return ops.mul(half, ops.shift(bent), "gelu_new")
+
+
+def gelu_fast(x: Tensor) -> Tensor:
+    """GELU by tanh without a power, written out in separate operators (FastGELUActivation).
+
+    Source: hf-modeling, activations.py, FastGELUActivation.forward.
+    """
+    half, scaled = ops.scale(x, "half the input"), ops.scale(x, "scaled input")
+    inner = ops.shift(ops.mul(ops.scale(x, "small multiple"), x, "scaled square"), "inner sum")
+    bent = ops.shift(ops.tanh(ops.mul(scaled, inner)))
+    return ops.mul(half, bent, "gelu_fast")
 
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
@@ -268,6 +318,6 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "gelu": ops.gelu,
     "gelu_pytorch_tanh": ops.gelu,
     "gelu_new": gelu_new,
-    "gelu_fast": gelu_new,
+    "gelu_fast": gelu_fast,
     "relu": ops.relu,
 }

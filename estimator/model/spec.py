@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from estimator.dtypes import DType
+from estimator.eager import attention
 from estimator.eager.attention import Heads
 from estimator.eager.size import Dim, Shape, elements
 from estimator.eager.tensor import Param, Tensor
@@ -124,13 +125,16 @@ class Linear(Module):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Norm(Module):
-    """A normalisation with a weight and, for LayerNorm, a bias."""
+    """A normalisation with a weight and, for LayerNorm, a bias; or with neither (not `affine`)."""
 
     width: Dim
     bias: bool = False
+    affine: bool = True
 
     def weights(self) -> tuple[Weight, ...]:
         names = ("weight", "bias") if self.bias else ("weight",)
+        if not self.affine:
+            return ()
         return tuple(Weight(name, (self.width,), self.dtype, self.trainable) for name in names)
 
 
@@ -152,6 +156,7 @@ class LayerKind:
     Args:
         name: what the layer is called in the output, such as `layer` or `sliding layer`.
         sliding_window: tokens that attention looks back, if limited.
+        eager: the family's `eager_attention_forward`.
         facts: whatever else the family's forward pass asks of this kind.
     """
 
@@ -159,6 +164,7 @@ class LayerKind:
     modules: tuple[Module, ...]
     heads: Heads
     sliding_window: int | None = None
+    eager: Callable[..., Tensor] = attention.eager
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -208,6 +208,20 @@ def test_a_full_disk_is_one_line():
     assert done.stderr == "error: No space left on device\n"
 
 
+def test_a_fault_of_ours_does_not_exit_like_a_verdict():
+    """Exit code 1 would tell a script that the run does not fit."""
+    script = "from estimator import cli, service; service.estimate = None; cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--offline", *MODEL],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == commands.EXIT_CANNOT_ESTIMATE
+    assert "TypeError" in done.stderr
+
+
 def test_help_names_every_flag_the_exit_codes_and_completion():
     text = _estimate("--help").stdout
     for flag in (*FROZEN_FLAGS.split(), *OWN_FLAGS.split()):

@@ -97,7 +97,9 @@ def test_the_exit_code_says_the_verdict(answered, capsys, verdict, arguments, co
 
 
 def test_flags_become_the_request(asked):
-    commands.run([*MODEL, "--method", "qlora", "--lora-r", "8", "--seq-len", "4096", "--gpu", "a40"])
+    commands.run(
+        [*MODEL, "--method", "qlora", "--lora-r", "8", "--seq-len", "4096", "--gpu", "a40"]
+    )
     (call,) = asked
     assert (call.request.method.name, call.request.method.r) == ("lora", 8)
     assert call.request.quantization.name == "nf4"

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-SETTINGS: dict[str, Any] = {"max_examples": 60, "deadline": None}
+SETTINGS: dict[str, Any] = {"max_examples": 20, "deadline": None}
 
 
 @st.composite

@@ -89,7 +89,7 @@ def test_what_is_alive_at_a_moment_sums_to_the_moment(document):
         assert moment.bytes_at(powers(b, s)) > 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(documents())
 def test_the_largest_run_that_fits_is_the_largest(document):
     document["hardware"] = {"gpu": "rtx-4090"}

@@ -120,7 +120,7 @@ def test_the_chart_follows_the_answer(open_page):
     wait_for_chart(page)
     measure = "document.querySelector('#peak script').textContent"
     before = page.evaluate(measure)
-    changed_verdict(page, lambda: page.select_option("#precision", "fp32"))
+    changed_verdict(page, lambda: page.select_option("#activation-checkpointing", "full"))
     assert page.evaluate(measure) != before
     wait_for_chart(page)
 

@@ -108,6 +108,7 @@ def test_menus_hold_what_the_request_allows():
     assert methods == ["full", "lora", "qlora"]
     assert "flash_attention_2" in [choice.value for choice in controls["/attention"].choices]
     assert "adamw_8bit" in [choice.value for choice in controls["/optimizer/name"].choices]
+    assert "full" in [choice.value for choice in controls["/activation_checkpointing"].choices]
 
 
 REQUESTS = st.fixed_dictionaries(
