@@ -124,7 +124,11 @@ _NO_COLOR: Final = click.Option(
     params=[
         _REQUEST_FILE,
         _JSON,
-        click.Option(["--explain"], is_flag=True, help="Add the derivation of every row."),
+        click.Option(
+            ["--explain"],
+            is_flag=True,
+            help="Add the derivation of every row; --json always holds it.",
+        ),
         click.Option(["--quiet"], is_flag=True, help="Print the verdict line only."),
         click.Option(
             ["--engine"],
@@ -202,6 +206,7 @@ def _with_live_gpu(document: dict[str, Any]) -> dict[str, Any]:
     from estimator.catalog import find_gpu
     from estimator.errors import UnknownGpuError
     from estimator.nvml import probe
+    from estimator.units import gib
 
     live = probe()
     found: dict[str, Any] = {"reserved_by_others_bytes": live.used_by_others_bytes}
@@ -210,8 +215,10 @@ def _with_live_gpu(document: dict[str, Any]) -> dict[str, Any]:
         found["gpu"] = find_gpu(live.name).key
     except UnknownGpuError:
         found |= {"gpu": live.name, "memory_bytes": live.total_bytes}
-    _note(f"{live.name}: {live.used_by_others_bytes} bytes are in use by other processes")
-    return {**document, "hardware": {**found, **hardware, "gpu": found["gpu"]}}
+    held, total = gib(live.used_by_others_bytes), gib(live.total_bytes)
+    _note(f"{live.name}: other processes hold {held} of {total}")
+    typed = {name: value for name, value in hardware.items() if value is not None}
+    return {**document, "hardware": {**found, **typed, "gpu": found["gpu"]}}
 
 
 def _answer(request: EstimateRequest, options: dict[str, Any]) -> Result:

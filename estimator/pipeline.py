@@ -43,6 +43,7 @@ from estimator.result import (
 )
 from estimator.run import Run
 from estimator.sources import Assumption, Cite
+from estimator.techniques.software import PROFILES
 from estimator.verdict import judge
 
 SORTED_EMBEDDING_TOKENS = 3072
@@ -243,7 +244,7 @@ def answer(
         request=request.model_dump(mode="json"),
         assumptions=_assumptions(reading.moment, device.constants),
         notes=(*spec.notes, *_defaults(request)),
-        not_modelled=NOT_MODELLED,
+        not_modelled=(*NOT_MODELLED, *PROFILES[request.software.version].not_modelled),
         versions={"vramplan": __version__, "modelled stack": MODELLED_STACK},
     )
 

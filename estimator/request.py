@@ -120,10 +120,13 @@ class Hardware(Section):
 
 
 class Software(Section):
-    """The training stack; bytes depend on it."""
+    """The training stack; bytes depend on it.
+
+    Version 5 holds from transformers 4.49 on, 4 for 4.46 to 4.48, 4.45 for that and older ones.
+    """
 
     framework: Literal["transformers"] = "transformers"
-    version: Literal["5", "4"] = "5"
+    version: Literal["5", "4", "4.45"] = "5"
 
 
 class EstimateRequest(Section):

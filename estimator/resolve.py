@@ -17,6 +17,7 @@ from estimator.techniques.lora import Lora as LoraTechnique
 from estimator.techniques.optimizers import OPTIMIZERS
 from estimator.techniques.precision import PRECISIONS, Precision
 from estimator.techniques.quantization import Quantize
+from estimator.techniques.software import Software
 from estimator.techniques.stage import Technique, apply_all
 
 CHECKPOINTING: Final = ("none", "full")
@@ -71,6 +72,7 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
     chosen: list[Technique] = [
         _storage(request),
         Attention(request.attention, request.padding),
+        Software(request.software.version),
         Training(
             optimizer,
             accumulates=request.gradient_accumulation_steps > 1,

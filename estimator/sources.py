@@ -82,6 +82,11 @@ SOURCES: Final[dict[str, Source]] = {
     "hf-modeling": Source(
         "code", "transformers 5.23.0, model classes", f"{_HF}/src/transformers/models"
     ),
+    "hf-loading": Source(
+        "code",
+        "transformers 5.23.0, loading of models",
+        f"{_HF}/src/transformers/modeling_utils.py",
+    ),
     "hf-loss": Source(
         "code",
         "transformers 5.23.0, loss of causal language models",

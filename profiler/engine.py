@@ -2,48 +2,181 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
+from estimator.errors import MissingDependencyError
+from estimator.pipeline import device_of
 from estimator.request import EstimateRequest
-from profiler import trace as tracing
+from estimator.result import Parameters, Result
+from estimator.service import requested_gpu
+from profiler.trace import Trace
+from profiler.unroll import NotPeriodicError, Shortening, unroll
+
+# Called with the share of the work that is done, from 0 to 1, and with what is being done.
+Progress = Callable[[float, str], None]
+
+# Ampere: what a request without a GPU is traced for.
+_DEFAULT_CAPABILITY: Final = (8, 0)
 
 
-def trace_full(request: EstimateRequest, config: dict[str, Any]) -> tracing.Trace:
-    """Trace every layer."""
-    import gc
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What was learnt from a traced run.
 
-    import torch
+    Args:
+        trace: both steps, over all layers of the model.
+        parameters: counted on the whole model; tied tensors once.
+        notes: what was decided for the user on the way.
+    """
+
+    trace: Trace
+    parameters: Parameters
+    notes: tuple[str, ...]
+
+
+def trace(
+    request: EstimateRequest,
+    config: Mapping[str, Any],
+    *,
+    progress: Progress | None = None,
+    every_layer: bool = False,
+) -> Trace:
+    """Trace two steps of a request's run; the second one is the one that is reported.
+
+    Args:
+        request: one single-GPU run.
+        config: the model's config.json.
+        progress: told how far the work is.
+        every_layer: trace every decoder layer instead of a few that stand for all.
+
+    Raises:
+        EstimatorError: the run is not supported, refused by the real stack, or torch is missing.
+    """
+    return run(request, config, progress=progress, every_layer=every_layer).trace
+
+
+def dry_run(
+    request: EstimateRequest, config: Mapping[str, Any], *, progress: Progress | None = None
+) -> Result:
+    """Answer a request by running its training step on fake tensors.
+
+    Raises:
+        EstimatorError: the run is not supported, refused by the real stack, or torch is missing.
+    """
+    from profiler.document import result
+
+    return result(request, config, run(request, config, progress=progress))
+
+
+def run(
+    request: EstimateRequest,
+    config: Mapping[str, Any],
+    *,
+    progress: Progress | None = None,
+    every_layer: bool = False,
+) -> DryRun:
+    """Build the model, trace the short stack of layers, and write out the trace of all of them."""
+    _require_torch()
+    from profiler import stack, workload
+
+    report = progress or (lambda share, text: None)
+    report(0.0, "building the model")
+    with warnings.catch_warnings():
+        # The stack's warnings are about code that is not the user's.
+        warnings.simplefilter("ignore")
+        resolved = workload.model_config(dict(config))
+        how = None
+        if not every_layer and not _names_layers(request):
+            kinds = stack.kinds(workload.bare_model(request, resolved))
+            how = stack.shortening(kinds)
+            if how.copies:
+                short = workload.meta_model(request, stack.shortened(resolved, how))
+                # A family that numbers its layers in a rule, not in a list, may come out otherwise.
+                if stack.same_layers(kinds, workload.bare_model(request, short.config), how):
+                    report(0.2, f"tracing {how.num_traced} of {how.num_layers} layers")
+                    with contextlib.suppress(NotPeriodicError):
+                        return _dry_run(short, request, how)
+        report(0.2, "tracing every layer")
+        return _dry_run(workload.meta_model(request, resolved), request, None)
+
+
+def _dry_run(model: Any, request: EstimateRequest, how: Shortening | None) -> DryRun:
+    """Trace a model, and write out the layers that stand for others."""
+    from profiler import stack, workload
+
+    parameters = stack.parameters(model, how)
+    notes = workload.notes(request, model)
+    traced = _traced(model, request)
+    return DryRun(unroll(traced, how) if how else traced, parameters, notes)
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401  (only to see whether it is there)
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the dry run needs {error.name!r}; run: pip install 'vramplan[profiler]'"
+        ) from error
+
+
+def _names_layers(request: EstimateRequest) -> bool:
+    """Whether the recipe singles out layers by number, so that no layer stands for another."""
+    targets = getattr(request.method, "target_modules", ())
+    saved = getattr(request.method, "modules_to_save", ())
+    names = (*saved, *(targets if isinstance(targets, tuple) else ()))
+    return any(part.isdigit() for name in names for part in name.split("."))
+
+
+def capability(request: EstimateRequest) -> tuple[int, int]:
+    """Return the compute capability of the requested GPU; Ampere's if none or another maker's."""
+    gpu = requested_gpu(request)
+    major, _, minor = (gpu.compute_capability if gpu else "").partition(".")
+    return (int(major), int(minor)) if major.isdigit() else _DEFAULT_CAPABILITY
+
+
+def _traced(model: Any, request: EstimateRequest) -> Trace:
+    """Run two steps of a meta model on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from profiler import workload
+    from profiler import stack, workload
     from profiler.cuda_semantics import cuda_semantics
+    from profiler.eager_transformers import eager_transformers
     from profiler.instrument import Meter
     from profiler.workspaces import Workspaces
 
-    capability = (8, 0)
-    gc.collect()
-    gc.disable()
-    try:
-        model = workload.meta_model(request, config)
-        with FakeTensorMode(), cuda_semantics(capability), eager_transformers():
-            job = workload.start(model, request, "cpu")
-            meter = Meter(layers=layer_list(job.model), workspaces=Workspaces(capability))
-            for path, parameter in job.model.named_parameters():
-                meter.adopt(parameter, path, "parameter", "weights")
-            for path, buffer in job.model.named_buffers():
-                meter.adopt(buffer, path, "buffer", "buffers")
-            with meter.watching(job.model), meter:
-                job.step(meter.phase)
-                classify(meter, job.optimizer)
-                meter.begin_steady_step()
-                job.step(meter.phase)
-                classify(meter, job.optimizer)
-            return meter.trace()
-    finally:
-        gc.enable()
+    architecture = capability(request)
+    with (
+        _without_collection(),
+        FakeTensorMode(),
+        cuda_semantics(architecture),
+        eager_transformers(),
+    ):
+        job = workload.start(model, request, "cpu")
+        constants = device_of(requested_gpu(request), request).constants
+        meter = Meter(
+            layers=stack.layers_path(model),
+            workspaces=Workspaces(architecture, constants.cublas_workspace),
+        )
+        for path, parameter in model.named_parameters():
+            meter.adopt(parameter, path, "parameter", "weights")
+        for path, buffer in model.named_buffers():
+            meter.adopt(buffer, path, "buffer", "buffers")
+        with meter.watching(model, workload.sites(model)), meter:
+            job.step(meter.phase)
+            _own_states(meter, job.optimizer)
+            meter.begin_steady_step()
+            job.step(meter.phase)
+        return meter.trace()
 
 
-def classify(meter: Any, optimizer: Any) -> None:
+def _own_states(meter: Any, optimizer: Any) -> None:
+    """Give the optimizer's tensors to their parameters; a step count on the host is no memory."""
     import torch
 
     for parameter, state in optimizer.state.items():
@@ -56,26 +189,14 @@ def classify(meter: Any, optimizer: Any) -> None:
                 meter.own(value, parameter, "optimizer_states")
 
 
-def layer_list(model: Any) -> str | None:
-    import torch
-
-    count = model.config.get_text_config().num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return path
-    return None
-
-
-import contextlib
-
-
 @contextlib.contextmanager
-def eager_transformers():
-    from transformers.utils import import_utils
-
-    original = import_utils.is_fake_tensor
-    import_utils.is_fake_tensor = lambda tensor: False
+def _without_collection() -> Iterator[None]:
+    """Keep the garbage collector from freeing tensors at moments of its own choice."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        import_utils.is_fake_tensor = original
+        if enabled:
+            gc.enable()

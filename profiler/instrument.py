@@ -63,7 +63,7 @@ class _Record:
         self.phase, self.module, self.layer = phase, module, layer
         self.operator, self.component = operator, component
 
-    def freeze(self) -> trace.Storage:
+    def freeze(self, site: str) -> trace.Storage:
         return trace.Storage(
             bytes=self.bytes,
             dtype=self.dtype,
@@ -73,6 +73,7 @@ class _Record:
             module=self.module,
             layer=self.layer,
             operator=self.operator,
+            site=site,
         )
 
 
@@ -112,6 +113,7 @@ class Meter(TorchDispatchMode):
         self._parameter_paths: dict[int, str] = {}
         self._parents: dict[int, tuple[int, ...]] = {}
         self._cublas: set[str] = set()
+        self._sites: dict[str, str] = {}
         self._steady_from = 0
 
     # -- what the driver tells ------------------------------------------------------------------
@@ -171,13 +173,25 @@ class Meter(TorchDispatchMode):
         first = [event for event in self._events[: self._steady_from] if event.storage in renumbered]
         second = [event for event in self._events[self._steady_from :] if event.storage in renumbered]
         return trace.Trace(
-            storages=tuple(self._records[index].freeze() for index in kept),
+            storages=tuple(self._frozen(self._records[index]) for index in kept),
             events=tuple(
                 self._resolved(event, renumbered[event.storage])
                 for event in (*_deaths_by_age(first), *_deaths_by_age(second))
             ),
             steady_from=len(first),
         )
+
+    def _frozen(self, record: _Record) -> trace.Storage:
+        if record.operator.startswith("cuBLAS"):
+            return record.freeze("process")
+        if record.layer is not None:
+            return record.freeze("layer")
+        for path, site in self._sites.items():
+            if record.module == path or record.module.startswith(f"{path}."):
+                return record.freeze(site)
+        if record.phase in (trace.LOSS_FORWARD, trace.LOSS_BACKWARD):
+            return record.freeze("loss")
+        return record.freeze("optimizer" if record.phase == trace.OPTIMIZER_STEP else "model")
 
     def _resolved(self, event: trace.Event, storage: int) -> trace.Event:
         layer = self._records[event.storage].layer if event.layer is None else event.layer
@@ -186,8 +200,14 @@ class Meter(TorchDispatchMode):
     # -- modules --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def watching(self, model: torch.nn.Module) -> Iterator[None]:
-        """Follow the modules of a model, and the gradients of its parameters."""
+    def watching(self, model: torch.nn.Module, sites: dict[str, str]) -> Iterator[None]:
+        """Follow the modules of a model, and the gradients of its parameters.
+
+        Args:
+            model: the model, as the training step calls it.
+            sites: what the modules outside the layers are called, by dotted path.
+        """
+        self._sites = sites
         self._paths = {id(module): path for path, module in model.named_modules()}
         handles = [
             torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
@@ -421,7 +441,7 @@ class Meter(TorchDispatchMode):
                 module="",
                 layer=None,
                 operator=f"cuBLAS handle of the {thread} thread",
-                component="runtime",
+                component="workspace",
             )
         )
         self._events.append(trace.Event(index, True, self._phase, None))

@@ -8,10 +8,12 @@ from typing import Final, NamedTuple
 
 from estimator.components import COMPONENTS, Component
 from estimator.units import round_up
-
-# c10/core/AllocatorConfig.h, kMinBlockSize: every block of the CUDA caching allocator is a
-# multiple of this many bytes.
-BLOCK_BYTES: Final = 512
+from profiler.allocator import (
+    DEFAULT_SETTINGS,
+    MIN_BLOCK_BYTES,
+    AllocatorSettings,
+    CachingAllocator,
+)
 
 LOAD: Final = "load"
 FORWARD: Final = "forward"
@@ -32,6 +34,7 @@ class Storage:
         module: dotted path, with the index of the layer written `*`.
         layer: index of the decoder layer that owns it, or None outside the layers.
         operator: the operator that allocated it; `parameter`, `buffer` or a kernel's workspace.
+        site: where in the step it lives, in the words of the result document.
     """
 
     bytes: int
@@ -42,11 +45,12 @@ class Storage:
     module: str
     layer: int | None
     operator: str
+    site: str
 
     @property
     def block_bytes(self) -> int:
         """Size of the block that holds it, rounded as the allocator rounds [bytes]."""
-        return round_up(self.bytes, BLOCK_BYTES)
+        return round_up(self.bytes, MIN_BLOCK_BYTES)
 
 
 class Event(NamedTuple):
@@ -69,6 +73,7 @@ class Row(NamedTuple):
     """Storages of one kind that are alive together."""
 
     component: Component
+    site: str
     module: str
     operator: str
     dtype: str
@@ -93,40 +98,71 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
-class PhasePeak:
+class Point:
     """The highest point of one phase of the steady step.
 
     Args:
         event: index into `Trace.events`; the point is right after this event.
-        bytes: allocated bytes, each storage rounded up to whole blocks [bytes].
-        requested_bytes: the same storages without rounding [bytes].
+        requested_bytes: what the live storages asked for [bytes].
+        block_bytes: the same, each rounded up to 512 bytes [bytes].
+        allocated_bytes: what `memory_allocated` would read, whole blocks of the caching allocator.
     """
 
     phase: str
     event: int
-    bytes: int
     requested_bytes: int
+    block_bytes: int
+    allocated_bytes: int
 
 
-def phase_peaks(trace: Trace) -> tuple[PhasePeak, ...]:
-    """Return the highest point of each phase of the steady step, in the order of the phases."""
-    live = requested = 0
-    best: dict[str, PhasePeak] = {}
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A trace as the caching allocator saw it.
+
+    Args:
+        points: the highest point of each phase of the steady step, in the order of the phases.
+        reserved_bytes: the most that the allocator held over both steps [bytes].
+    """
+
+    points: tuple[Point, ...]
+    reserved_bytes: int
+
+    @property
+    def peak(self) -> Point:
+        """The highest point of the step; the earliest one of equals."""
+        return max(self.points, key=lambda point: (point.allocated_bytes, -point.event))
+
+
+def read(trace: Trace, settings: AllocatorSettings = DEFAULT_SETTINGS) -> Reading:
+    """Replay a trace through the model of the caching allocator."""
+    allocator = CachingAllocator(None, settings)
+    requested = [storage.bytes for storage in trace.storages]
     blocks = [storage.block_bytes for storage in trace.storages]
+    charged = [0] * len(trace.storages)
+    live = live_blocks = allocated = 0
+    best: dict[str, Point] = {}
     for index, event in enumerate(trace.events):
-        sign = 1 if event.is_alloc else -1
-        live += sign * blocks[event.storage]
-        requested += sign * trace.storages[event.storage].bytes
-        if index >= trace.steady_from and (
-            event.phase not in best or live > best[event.phase].bytes
-        ):
-            best[event.phase] = PhasePeak(event.phase, index, live, requested)
-    return tuple(best[phase] for phase in STEP_PHASES if phase in best)
-
-
-def peak(trace: Trace) -> PhasePeak:
-    """Return the highest point of the steady step; the earliest one of equals."""
-    return max(phase_peaks(trace), key=lambda point: (point.bytes, -point.event))
+        storage = event.storage
+        if not event.is_alloc:
+            allocator.free(storage)
+            live -= requested[storage]
+            live_blocks -= blocks[storage]
+            allocated -= charged[storage]
+            # Falling memory is never a new peak, except for where a phase begins.
+            if index < trace.steady_from or event.phase in best:
+                continue
+        else:
+            charged[storage] = allocator.malloc(storage, requested[storage]).charged_bytes
+            live += requested[storage]
+            live_blocks += blocks[storage]
+            allocated += charged[storage]
+        if index < trace.steady_from:
+            continue
+        known = best.get(event.phase)
+        if known is None or allocated > known.allocated_bytes:
+            best[event.phase] = Point(event.phase, index, live, live_blocks, allocated)
+    points = tuple(best[phase] for phase in STEP_PHASES if phase in best)
+    return Reading(points, allocator.stats.peak_reserved_bytes)
 
 
 def live_storages(trace: Trace, event: int) -> list[Storage]:
@@ -141,28 +177,29 @@ def live_storages(trace: Trace, event: int) -> list[Storage]:
 
 
 def rows(trace: Trace, event: int) -> list[Row]:
-    """Group what is alive right after an event; largest first, bytes rounded to whole blocks."""
-    count: Counter[tuple[Component, str, str, str, tuple[int, ...]]] = Counter()
-    size: Counter[tuple[Component, str, str, str, tuple[int, ...]]] = Counter()
+    """Group what is alive right after an event; largest first, bytes as requested."""
+    count: Counter[tuple[Component, str, str, str, str, tuple[int, ...]]] = Counter()
+    size: Counter[tuple[Component, str, str, str, str, tuple[int, ...]]] = Counter()
     for storage in live_storages(trace, event):
         key = (
             storage.component,
+            storage.site,
             storage.module,
             storage.operator,
             storage.dtype,
             storage.shape,
         )
         count[key] += 1
-        size[key] += storage.block_bytes
+        size[key] += storage.bytes
     ordered = sorted(size, key=lambda key: (-size[key], key))
     return [Row(*key, count[key], size[key]) for key in ordered]
 
 
 def component_bytes(trace: Trace, event: int) -> dict[Component, int]:
-    """Return the allocated bytes of each component right after an event [bytes]."""
+    """Return the requested bytes of each component right after an event [bytes]."""
     size = dict.fromkeys(COMPONENTS, 0)
     for storage in live_storages(trace, event):
-        size[storage.component] += storage.block_bytes
+        size[storage.component] += storage.bytes
     return size
 
 

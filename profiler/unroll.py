@@ -14,15 +14,19 @@ a longer stack.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from profiler.trace import Event, Storage, Trace
 
-# Layers before the template: the first layer, whose input is the embedding, and one regular layer.
-_HEAD: Final = 2
-# Layers after the template: one regular layer, and the last, whose output is the final norm's input.
-_TAIL: Final = 2
+# A template has a regular layer on each side, because layers refer to their neighbours' tensors; and
+# behind the upper one stands the last layer, whose output is the final norm's input.
+_NEIGHBOURS: Final = 1
+_TAIL: Final = _NEIGHBOURS + 1
+
+
+_Entry = TypeVar("_Entry")
 
 
 class NotPeriodicError(Exception):
@@ -31,41 +35,50 @@ class NotPeriodicError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Shortening:
-    """How a stack of layers is shortened: `copies` more periods follow the template.
+    """How a stack of layers is shortened: periods are left out behind the template.
 
     Args:
         num_layers: of the model.
         period: layers after which the stack repeats.
+        head: index of the first layer of the template.
         num_traced: layers of the short stack.
     """
 
     num_layers: int
     period: int
+    head: int
     num_traced: int
+
+    @classmethod
+    def of(cls, num_layers: int, *, period: int, irregular: int = 1) -> Shortening:
+        """Return the shortest stack that holds the irregular first layers and a whole template.
+
+        What is left out is a whole number of periods, so that the last layer of the short stack is
+        of the same kind as the last layer of the model.
+
+        Example:
+            >>> Shortening.of(80, period=1).num_traced
+            5
+            >>> Shortening.of(26, period=6).num_traced
+            14
+            >>> Shortening.of(4, period=1).num_traced
+            4
+        """
+        head = irregular + _NEIGHBOURS
+        smallest = head + period + _TAIL
+        if num_layers <= smallest:
+            return cls(num_layers, period, head, num_layers)
+        return cls(num_layers, period, head, smallest + (num_layers - smallest) % period)
 
     @property
     def copies(self) -> int:
         """How many periods the short stack lacks."""
         return (self.num_layers - self.num_traced) // self.period
 
-
-def shorten(num_layers: int, period: int) -> Shortening:
-    """Return the shortest stack that shows the first, the last and two regular periods.
-
-    The number of missing layers is a whole number of periods, so that the last layer of the short
-    stack is of the same kind as the last layer of the model.
-
-    Example:
-        >>> shorten(80, 1).num_traced, shorten(80, 1).copies
-        (5, 75)
-        >>> shorten(26, 6).num_traced, shorten(26, 6).copies
-        (14, 2)
-        >>> shorten(4, 1).num_traced
-        4
-    """
-    smallest = _HEAD + period + _TAIL
-    num_traced = smallest + (num_layers - smallest) % period
-    return Shortening(num_layers, period, min(num_layers, num_traced))
+    def selected(self, per_layer: Sequence[_Entry]) -> list[_Entry]:
+        """Return the entries of the layers that stay, out of one entry for each layer."""
+        behind = self.head + self.period
+        return [*per_layer[:behind], *per_layer[behind + self.num_layers - self.num_traced :]]
 
 
 class _Key(NamedTuple):
@@ -103,8 +116,8 @@ class _Unroller:
         self._short = short
         self._period = shortening.period
         self._copies = shortening.copies
-        self._first = _HEAD
-        self._last = _HEAD + shortening.period
+        self._first = shortening.head
+        self._last = shortening.head + shortening.period
         self._num_traced = shortening.num_traced
         self._runs = _runs(short)
         self._keys, self._at = _keys(short, self._runs)
@@ -213,7 +226,7 @@ class _Unroller:
         left, right = self._keys[one], self._keys[two]
         if left is None or right is None:
             return False
-        if left.layer == 0 or right.layer == self._num_traced - 1:
+        if left.layer < self._first - 1 or right.layer == self._num_traced - 1:
             return True
         shifted = left._replace(layer=left.layer + self._period)
         return shifted == right and _alike(self._short.storages[one], self._short.storages[two])

@@ -9,6 +9,7 @@ twice. The order of events is that of the Hugging Face Trainer (`Trainer.trainin
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -102,14 +103,14 @@ class Workload:
         torch.autograd.backward(loss)
 
 
-def meta_model(request: EstimateRequest, config: dict[str, Any]) -> Any:
+def meta_model(request: EstimateRequest, config: Any) -> Any:
     """Return the model of a request on the meta device, in training mode, adapters applied.
 
     Built without fake tensors: PEFT moves modules with `.to()`, which fails on fake parameters.
 
     Args:
         request: one single-GPU run.
-        config: the model's config.json.
+        config: from `model_config`; it is copied, not changed.
 
     Raises:
         UnsupportedCombinationError: the recipe needs a part that is not run here.
@@ -117,7 +118,7 @@ def meta_model(request: EstimateRequest, config: dict[str, Any]) -> Any:
         MissingDependencyError: a library that the recipe needs is not installed.
     """
     refuse_unsupported(request)
-    model = _bare_model(request, config)
+    model = bare_model(request, config)
     model.config.use_cache = request.loop.use_cache
     if request.quantization is not None:
         model = _quantized(model, request)
@@ -220,6 +221,31 @@ def batch(request: EstimateRequest, device: str) -> dict[str, Any]:
     return inputs
 
 
+def sites(model: Any) -> dict[str, str]:
+    """Return what the modules outside the layers are called in the result, by dotted path."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    prefix = next(path for path, module in model.named_modules() if module is base)
+    names = {id(base.get_input_embeddings()): "embeddings", id(base.get_output_embeddings()): "head"}
+    found = {path: names[id(module)] for path, module in model.named_modules() if id(module) in names}
+    decoder = getattr(base, base.base_model_prefix, base)
+    for path, module in decoder.named_children():
+        if "norm" in path or "ln_f" in path:
+            place = next(name for name, other in model.named_modules() if other is module)
+            found.setdefault(place, "final_norm")
+    return {path: site for path, site in found.items() if path != prefix}
+
+
+def notes(request: EstimateRequest, model: Any) -> tuple[str, ...]:
+    """Return what was decided for the user while the model was built."""
+    attention = str(model.config._attn_implementation)
+    if attention == request.attention:
+        return ()
+    return (
+        f"attention: {type(model).__name__} has no {request.attention!r}; "
+        f"transformers runs {attention!r}",
+    )
+
+
 def one_line(error: BaseException) -> str:
     """Return an exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -237,13 +263,13 @@ def _import(name: str) -> Any:
         ) from error
 
 
-def _bare_model(request: EstimateRequest, config: dict[str, Any]) -> Any:
+def bare_model(request: EstimateRequest, config: Any) -> Any:
     """Return the causal language model on the meta device, in the dtype it is stored in."""
     torch, transformers = _import("torch"), _import("transformers")
     # transformers takes `sdpa` by itself where the model class has it and `eager` elsewhere; named
     # explicitly it raises instead.
     attention = None if request.attention == "sdpa" else request.attention
-    resolved = model_config(config)
+    resolved = copy.deepcopy(config)
     if type(resolved) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(
             f"transformers has no causal language model for model_type {resolved.model_type!r}"
@@ -291,6 +317,8 @@ def _adapted(model: Any, method: Lora) -> Any:
                 bias=method.bias,
                 task_type="CAUSAL_LM",
             ),
+            # Adapters are born on meta like everything else, not drawn on the host.
+            low_cpu_mem_usage=True,
             autocast_adapter_dtype=method.adapter_dtype == "float32",
         )
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:

@@ -16,11 +16,6 @@ from estimator.units import round_up
 
 aten = torch.ops.aten
 
-# aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize: 2 x 4096 KiB + 8 x 16 KiB, and
-# 32 MiB on Hopper; one for each pair of handle and stream, kept for ever.
-CUBLAS_BYTES: Final = (2 * 4096 + 8 * 16) * 1024
-CUBLAS_BYTES_SM90: Final = 32 * 1024**2
-
 # aten/src/ATen/native/cuda/Embedding.cu, embedding_dense_backward_cuda: up to this many indices
 # one kernel adds rows without sorting them.
 _EMBEDDING_SORT_ABOVE: Final = 3072
@@ -45,11 +40,12 @@ class Workspaces:
 
     Args:
         compute_capability: of the GPU.
+        cublas_bytes: workspace of one cuBLAS handle [bytes].
     """
 
-    def __init__(self, compute_capability: tuple[int, int]) -> None:
-        hopper = compute_capability[0] == 9
-        self.cublas_bytes = CUBLAS_BYTES_SM90 if hopper else CUBLAS_BYTES
+    def __init__(self, compute_capability: tuple[int, int], cublas_bytes: int) -> None:
+        self.compute_capability = compute_capability
+        self.cublas_bytes = cublas_bytes
 
     def of(self, func: Any, args: tuple[Any, ...], out: Any) -> Buffers:
         """Return the name and size of each buffer that the kernel of an operator takes [bytes]."""

@@ -69,7 +69,7 @@ class Metrics:
 
 
 class Shield:
-    """Adds the security headers to each response and measures it.
+    """Adds the security headers to each response, measures it, and answers HEAD.
 
     Plain ASGI: the framework's own middleware base class costs a task for every request.
     """
@@ -85,19 +85,25 @@ class Shield:
             return
         start = time.perf_counter()
         status = 500
+        method = scope["method"]
+        # FastAPI's routes do not answer HEAD, which every address that answers GET has to.
+        if method == "HEAD":
+            scope["method"] = "GET"
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(self.headers)
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         with self.metrics.in_flight.track_inprogress():
             try:
                 await self.app(scope, receive, send_with_headers)
             finally:
-                self.metrics.seconds.labels(_route(scope), _method(scope), str(status)).observe(
+                self.metrics.seconds.labels(_route(scope), _method(method), str(status)).observe(
                     time.perf_counter() - start
                 )
 
@@ -107,6 +113,6 @@ def _route(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", "unmatched")
 
 
-def _method(scope: Scope) -> str:
+def _method(method: str) -> str:
     """Return the method, or one word for all the methods that no route has."""
-    return scope["method"] if scope["method"] in ("GET", "POST", "HEAD") else "other"
+    return method if method in ("GET", "POST", "HEAD") else "other"

@@ -113,7 +113,7 @@ def efficient(
     return out
 
 
-def math_causal(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+def math_causal(q: Tensor, k: Tensor, v: Tensor, heads: Heads, p: float = 0.0) -> Tensor:
     """SDPA's fallback in plain operators: fp32 inputs with grouped heads have no fused kernel.
 
     Source: torch-sdpa, attention.cpp, _scaled_dot_product_attention_math; sdp_utils.cpp admits
@@ -125,6 +125,7 @@ def math_causal(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     scaled, keys = ops.scale(q, "scaled query"), ops.scale(keys, "scaled keys")
     weights = ops.softmax(ops.matmul(scaled, keys, scores(heads), "scores"))
     del mask
+    weights = ops.dropout(weights, p)
     return ops.matmul(weights, values, q.shape, "attention output")
 
 

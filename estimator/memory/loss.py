@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from estimator.eager import ops
 from estimator.eager.size import BATCH, SEQ, Dim
 from estimator.eager.tensor import Tensor, view
 
-Loss = Callable[[Tensor, Tensor, Dim], Tensor]
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What one version keeps alive; the arithmetic is the same in all.
 
-def transformers_5(logits: Tensor, labels: Tensor, vocab: Dim) -> Tensor:
-    """Cross entropy in fp32 over all positions; the labels are shifted, the logits are not.
-
-    Shapes:
-        logits          [b, s, V]  width of the model
-        fp32 copy       [b, s, V]  4 bytes, alive until the function returns
-        log-softmax     [b, s, V]  4 bytes, saved
-
-    Source: hf-loss, ForCausalLMLoss and fixed_cross_entropy.
+    Args:
+        upcasts_outputs: the model casts its own logits to fp32, so that the half precision ones
+            die before the loss, and the outputs hold the fp32 ones.
+        shifts_logits: the logits are shifted and written out anew; otherwise the labels are.
     """
-    logits = ops.cast(logits, ops.F32, "logits in fp32")
-    flat = view(logits, (BATCH, SEQ, vocab))
-    return ops.nll_loss(ops.log_softmax(flat), labels)
+
+    upcasts_outputs: bool
+    shifts_logits: bool
+
+    def outputs(self, logits: Tensor) -> Tensor:
+        """Return the logits that the model's outputs hold."""
+        return ops.cast(logits, ops.F32, "logits in fp32") if self.upcasts_outputs else logits
+
+    def __call__(self, logits: Tensor, labels: Tensor, vocab: Dim) -> Tensor:
+        """Cross entropy in fp32; every local name lives until the function returns.
+
+        Shapes:
+            logits          [b, s, V]  width of the model, alive in the caller
+            fp32 copy       [b, s, V]  4 bytes, alive until the function returns
+            shifted logits  [b, s, V]  4 bytes, likewise; really s - 1 positions
+            log-softmax     [b, s, V]  4 bytes, saved
+
+        Source: hf-loss, ForCausalLMLoss and fixed_cross_entropy.
+        """
+        logits = ops.cast(logits, ops.F32, "logits in fp32")
+        if self.shifts_logits:
+            flat = ops.copy(ops.narrow(logits, vocab), name="shifted logits")
+        else:
+            flat = view(logits, (BATCH, SEQ, vocab))
+        return ops.nll_loss(ops.log_softmax(flat), labels)
 
 
-def transformers_4(logits: Tensor, labels: Tensor, vocab: Dim) -> Tensor:
-    """Cross entropy of transformers before 4.50: the logits themselves are shifted and copied.
-
-    Source: transformers v4.44.0, models/llama/modeling_llama.py, LlamaForCausalLM.forward:
-    `logits.float()`, then `logits[..., :-1, :].contiguous()`.
-    """
-    logits = ops.cast(logits, ops.F32, "logits in fp32")
-    shifted = ops.copy(ops.narrow(logits, vocab), name="shifted logits")
-    return ops.nll_loss(ops.log_softmax(shifted), labels)
-
-
+# transformers 5.23.0 and, alike, 4.49.0 to 4.57.1: loss/loss_utils.py, ForCausalLMLoss pads and
+# shifts the labels. transformers 4.46.3 and 4.48.1: the same function copies
+# `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
+# LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
 LOSSES: Final[dict[str, Loss]] = {
-    "transformers-5": transformers_5,
-    "transformers-4": transformers_4,
+    "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
+    "transformers-4": Loss(upcasts_outputs=False, shifts_logits=True),
+    "transformers-4.45": Loss(upcasts_outputs=True, shifts_logits=True),
 }

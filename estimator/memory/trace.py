@@ -133,7 +133,7 @@ def _forward(
     forward.enter(last + 1, (spec.head,))
     if spec.tied:
         forward.tie(spec.head.name, spec.embeddings[0].name)
-    logits = family.logits(forward, hidden)
+    logits = LOSSES[run.loss].outputs(family.logits(forward, hidden))
     alive = dict(tape.live)
     tape.enter(last + 2)
     with tape.module("loss"):

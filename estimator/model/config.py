@@ -104,6 +104,22 @@ class Config:
             raise InvalidConfigError(f"{name} must be a number, not {_shown(value)}")
         return float(value)
 
+    def rotary_fraction(self, name: str, default: float) -> float:
+        """Return the share of each head that rotary positions turn, above 0 and at most 1.
+
+        Args:
+            name: the field of configurations that have it outside of `rope_parameters`.
+        """
+        nested = self._given.get("rope_parameters") or self._given.get("rope_scaling")
+        value = nested.get("partial_rotary_factor") if isinstance(nested, Mapping) else None
+        if value is None:
+            if not self.has(name):
+                self._filled[name] = default
+            value = self.number(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise InvalidConfigError(f"{name} must be above 0 and at most 1, not {_shown(value)}")
+        return float(value)
+
     def layer_types(self, layers: int) -> tuple[str, ...] | None:
         """Return `layer_types`, one name for each layer, or None where it is not given."""
         value = self._value("layer_types")

@@ -124,11 +124,17 @@ class Forward:
         with self.tape.module(name):
             return ops.layer_norm(x, weight, bias)
 
-    def embedding(self, ids: Tensor, name: str) -> Tensor:
-        """Look rows up in a table; the model's forward keeps a name on those of the first table."""
+    def embedding(self, ids: Tensor, name: str, *, scaled: bool = False) -> Tensor:
+        """Look rows up in a table; the model's forward keeps a name on those of the first table.
+
+        Args:
+            scaled: the module multiplies what it looked up, as Gemma's does.
+        """
         module = self._find(name, Embedding)
         with self.tape.module(name):
             out = ops.embedding(ids, self.param(name, module.weights()[0]), module.width)
+            if scaled:
+                out = ops.scale(out, "scaled rows")
         if name == self.spec.embeddings[0].name:
             if self.input_requires_grad and not out.requires_grad:
                 out.edge = Edge(Param("inputs_embeds", out.shape, out.dtype, True))
@@ -240,7 +246,7 @@ class Forward:
             return attention.flash(q, k, v, heads)
         if heads.groups == 1:
             return attention.efficient(q, k, v, None, heads)
-        return attention.math_causal(q, k, v, heads)
+        return attention.math_causal(q, k, v, heads, p)
 
     # -- feed-forward -------------------------------------------------------------------------
 

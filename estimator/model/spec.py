@@ -207,6 +207,7 @@ class ModelSpec:
         tied: the head shares its weight with the first embedding.
         max_positions: the longest sequence that a table of positions allows, if there is one.
         rotary_width: width of the rotary tables; 0 without rotary positions.
+        supports_sdpa: whether the model class runs torch's scaled dot product attention.
     """
 
     model_type: str
@@ -222,6 +223,7 @@ class ModelSpec:
     buffers: tuple[Buffer, ...] = ()
     max_positions: int | None = None
     rotary_width: int = 0
+    supports_sdpa: bool = True
     notes: tuple[str, ...] = ()
 
     def module_counts(self) -> Iterator[tuple[Module, int]]:

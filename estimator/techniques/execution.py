@@ -18,9 +18,22 @@ class Attention:
     padding: bool
 
     def apply(self, run: Run) -> Run:
-        """Set the attention of every layer."""
-        settings = replace(run.settings, attention=self.name, padding=self.padding)
-        return replace(run, settings=settings)
+        """Set the attention of every layer.
+
+        transformers takes `sdpa` by itself where the model class has it, and `eager` elsewhere.
+
+        Source: hf-loading, get_correct_attn_implementation.
+        """
+        name, spec = self.name, run.spec
+        if name == "sdpa" and not spec.supports_sdpa:
+            name = "eager"
+            note = (
+                f"transformers has no sdpa attention for {spec.model_type} models and falls back "
+                "to eager, which keeps every score; attention 'flash_attention_2' avoids that"
+            )
+            spec = replace(spec, notes=(*spec.notes, note))
+        settings = replace(run.settings, attention=name, padding=self.padding)
+        return replace(run, spec=spec, settings=settings)
 
 
 @dataclass(frozen=True, slots=True)

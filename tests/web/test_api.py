@@ -84,6 +84,14 @@ def test_a_list_that_the_client_has_is_not_sent_again(client, path):
     assert client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/gpus", "/nothing"])
+def test_head_answers_as_get_does_without_the_body(client, path):
+    get, head = client.get(path), client.head(path)
+    assert head.content == b""
+    assert head.status_code == get.status_code
+    assert head.headers == get.headers
+
+
 def test_the_server_says_that_it_is_alive_and_ready(client):
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready"}

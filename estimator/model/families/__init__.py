@@ -12,8 +12,14 @@ from estimator.model.config import Config
 from estimator.model.spec import ModelSpec
 
 FAMILIES: Final[dict[str, str]] = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
     "llama": "llama",
     "mistral": "llama",
+    "opt": "opt",
     "qwen2": "llama",
     "qwen3": "llama",
 }

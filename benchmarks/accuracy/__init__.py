@@ -1,0 +1,1 @@
+"""Compares estimates with published measurements; `python -m benchmarks.accuracy` writes the page."""

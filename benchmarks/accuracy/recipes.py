@@ -1,0 +1,226 @@
+"""From a published row to a request document, or to the reason why there is none.
+
+Rules are written for a source, never for a row: they read the row's own fields, and what the row
+leaves to its source (entry point, versions, defaults) is named with the place where it was read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from benchmarks.accuracy.meters import meter_of
+from benchmarks.accuracy.published import Row
+
+
+class InexpressibleError(Exception):
+    """The request document has no words for this row; the message is the reason."""
+
+
+Refusal = Callable[[Row], "str | None"]
+
+
+def request_of(row: Row) -> dict[str, Any]:
+    """Return the request document of a row.
+
+    Raises:
+        InexpressibleError: with the first reason that applies.
+    """
+    for refusal in REFUSALS:
+        reason = refusal(row)
+        if reason is not None:
+            raise InexpressibleError(reason)
+    rule = RULES.get(row.source_group)
+    if rule is None:
+        raise InexpressibleError("no rule for this source")
+    return rule(row)
+
+
+# -- reasons against ---------------------------------------------------------------------------
+
+
+def _no_training_step(row: Row) -> str | None:
+    return {
+        "loss_component": "not a training step: head and loss alone",
+        "max_context_claim": "not a measurement: a claimed maximum length",
+    }.get(row.kind)
+
+
+def _no_meter(row: Row) -> str | None:
+    if row.metric == "component profile total":
+        return "not a meter: a sum of components"
+    return None
+
+
+def _sharding(row: Row) -> str | None:
+    kind = row.parallelism["kind"]
+    return f"sharding: {kind}" if kind != "none" or row.parallelism["gpus"] != 1 else None
+
+
+def _method(row: Row) -> str | None:
+    known = ("full", "lora", "qlora")
+    return f"method: {row.method}" if row.method not in known else None
+
+
+# Frameworks that train models of their own code, not those of transformers.
+OWN_MODEL_CODE: Final = {
+    "litgpt (lit-gpt)": "litgpt",
+    "torchtune": "torchtune",
+    "torchtitan": "torchtitan",
+    "torchao benchmark script": "torchao",
+    "unsloth": "unsloth",
+}
+
+
+def _model_code(row: Row) -> str | None:
+    name = OWN_MODEL_CODE.get(row.framework)
+    return f"model code: {name}'s own, not that of transformers" if name else None
+
+
+def _task(row: Row) -> str | None:
+    classifies = (row.loss_impl or "").startswith("sequence classification")
+    return "task: sequence classification" if classifies else None
+
+
+def _weights(row: Row) -> str | None:
+    found = re.search(r"gptq|int8", row.weights_dtype or "")
+    return f"quantization format: {found[0]}" if found else None
+
+
+# The beginning of a row's `loss_impl`, and what it is called here.
+OTHER_LOSSES: Final = {
+    "fused triton CE": "framework kernels: FOAK",
+    "liger": "loss: fused linear (Liger)",
+    "cut_ce": "loss: cut cross entropy",
+    "chunked": "loss: chunked",
+}
+
+
+def _loss(row: Row) -> str | None:
+    loss = row.loss_impl or ""
+    return next((reason for key, reason in OTHER_LOSSES.items() if loss.startswith(key)), None)
+
+
+def _compile(row: Row) -> str | None:
+    return "torch.compile" if row.compile else None
+
+
+def _optimizer(row: Row) -> str | None:
+    return "optimizer step in backward" if row.optimizer_in_backward else None
+
+
+def _unstated(row: Row) -> str | None:
+    if row.micro_batch_size is None or _length(row) is None:
+        return "micro-batch or length not stated"
+    return None
+
+
+def _unknown_meter(row: Row) -> str | None:
+    if row.kind != "oom" and meter_of(row.metric) is None:
+        return "meter not stated"
+    return None
+
+
+REFUSALS: Final[tuple[Refusal, ...]] = (
+    _no_training_step, _no_meter, _sharding, _method, _model_code, _task, _weights, _loss,
+    _compile, _optimizer, _unstated, _unknown_meter,
+)  # fmt: skip
+
+
+# -- rules by source ---------------------------------------------------------------------------
+
+_PACKED: Final = re.compile(r"packed \(SFTTrainer packing\), max_seq_length (\d+)")
+ATTENTION: Final = {"flash2": "flash_attention_2", "eager": "eager"}
+CHECKPOINTING: Final = {"full": "full", "none": "none"}
+GPUS: Final = {"A100 80GB": "a100-80gb"}
+
+# Copies of a model under another name.
+COPIES: Final = {"NousResearch/Llama-2-70b-hf": "meta-llama/Llama-2-70b-hf"}
+
+
+def _length(row: Row) -> int | None:
+    """Return the length: its field, or that of the packed samples."""
+    if row.seq_len is not None:
+        return row.seq_len
+    packed = _PACKED.match(row.seq_mode or "")
+    return int(packed[1]) if packed else None
+
+
+def _common(row: Row) -> dict[str, Any]:
+    return {
+        "model": COPIES.get(row.model, row.model),
+        "precision": "bf16",
+        "autocast": "bf16" if (row.precision or "").startswith("amp_bf16") else None,
+        "optimizer": {"name": "adamw", "implementation": "foreach"},
+        "micro_batch_size": row.micro_batch_size,
+        "seq_len": _length(row),
+        "gradient_accumulation_steps": row.grad_accum or 1,
+        "activation_checkpointing": CHECKPOINTING[row.activation_checkpointing or "none"],
+        "attention": ATTENTION[row.attention_impl or "eager"],
+        "hardware": {"gpu": GPUS[row.gpu]} if row.gpu in GPUS else {},
+    }
+
+
+def _fms(row: Row) -> dict[str, Any]:
+    """fms-acceleration: TRL's SFTTrainer over a model loaded in bf16.
+
+    transformers 4.48.1, trl 0.13.0, peft 0.13.2, bitsandbytes 0.43.3, torch 2.4.1
+    (scripts/benchmarks/refs/requirements.txt). Its `optim` is left at adamw_torch, which is
+    foreach there. Adapters are fp32 (PEFT's default). With its own plugin it skips
+    `prepare_model_for_kbit_training`; without, TRL calls it. Both quantize the scales too
+    (framework_plugin_bnb.py, BNBAccelerationPlugin.model_loader).
+    """
+    document = {**_common(row), "software": {"version": "4"}}
+    detail = row.method_detail
+    if row.method in ("lora", "qlora"):
+        document["method"] = {
+            "name": "lora",
+            "r": detail["rank"],
+            "lora_alpha": float(detail["alpha"]),
+            "lora_dropout": detail["dropout"],
+            "target_modules": detail["target_modules"],
+            "adapter_dtype": "float32",
+        }
+    if row.method == "qlora":
+        document["quantization"] = {
+            "name": "nf4",
+            "double_quant": True,
+            "compute_dtype": "bfloat16",
+            "prepare_kbit": "prepare_model_for_kbit_training" in detail["quant"],
+        }
+    return document
+
+
+def _swift(row: Row) -> dict[str, Any]:
+    """ms-swift's benchmark of December 2023: HF's Trainer with bf16 autocast over bf16 weights.
+
+    transformers 4.33 to 4.36 and peft 0.7.1 (requirements/framework.txt at 97e4d198b); adapters
+    have the type of the weight beside them there. `lora_dropout_p` is 0.05 by default
+    (swift/llm/utils/argument.py), DEFAULT targets are the query, key and value projections
+    (swift/llm/utils/model.py, LoRATM), 4-bit weights are nf4 with double quantization.
+    """
+    document = {**_common(row), "autocast": "bf16", "software": {"version": "4.45"}}
+    if row.method in ("lora", "qlora"):
+        targets = row.method_detail["target_modules"]
+        if targets == "DEFAULT":
+            targets = ["q_proj", "k_proj", "v_proj"]
+        elif targets == "ALL":
+            targets = "all-linear"
+        document["method"] = {
+            "name": "lora",
+            "r": row.method_detail["rank"],
+            "lora_dropout": 0.05,
+            "target_modules": targets if targets == "all-linear" else _names(targets),
+            "adapter_dtype": "base",
+        }
+    if row.method == "qlora":
+        document["quantization"] = {"name": "nf4", "double_quant": True, "prepare_kbit": False}
+    return document
+
+
+def _names(targets: str | list[str]) -> list[str]:
+    return [targets] if isinstance(targets, str) else targets
+
+
+RULES: Final[dict[str, Callable[[Row], dict[str, Any]]]] = {"fms-main": _fms, "ms-swift": _swift}
