@@ -147,15 +147,14 @@ def _forward(
 
 def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor) -> Tensor:
     """Run embeddings, layers and final norm."""
-    spec, family, tape = run.spec, run.spec.family, forward.tape
+    spec, family = run.spec, run.spec.family
     forward.enter(0, spec.embeddings)
     hidden = family.embed(forward, ids)
     forward.prepare_masks(spec.kinds)
     for site, kind in enumerate(kinds, start=1):
         forward.enter(site, kind.modules)
-        with tape.module("layer"):
-            region = _region(forward, site, kind)
-            hidden = checkpoint(region, hidden) if run.checkpointing else region(hidden)
+        region = _region(forward, site, kind)
+        hidden = checkpoint(region, hidden) if run.checkpointing else region(hidden)
     forward.enter(len(kinds) + 1, spec.final)
     hidden = family.final(forward, hidden)
     forward.names.clear()

@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from estimator.catalog import Access
-from estimator.cli import main
+from estimator.commands import run
 from estimator.render.document import to_json
 from estimator.request import parse_request
 from estimator.service import estimate
@@ -70,11 +70,8 @@ def printed(monkeypatch, *arguments: str) -> bytes:
     out, err = io.BytesIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", write_through=True))
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, encoding="utf-8", write_through=True))
-    monkeypatch.setattr(sys, "argv", ["estimate", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
     # 0 fits, or there is nothing to judge by; 1 does not fit.
-    assert ended.value.code in (0, 1), err.getvalue().decode()
+    assert run(arguments) in (0, 1), err.getvalue().decode()
     return out.getvalue()
 
 

@@ -1,0 +1,87 @@
+"""Why an estimate is off: the term or the software version, with the arithmetic.
+
+An explanation is a rule for a source and a meter. It computes bytes from the model's shape or from
+another meter of the same run, and says what error is left when they are put in. Nothing here
+changes an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from benchmarks.accuracy.comparison import Comparison
+from benchmarks.accuracy.meters import readings
+from estimator.catalog import Access
+from estimator.pipeline import engine_for
+from estimator.service import model_config
+from estimator.units import gib
+
+NOTHING: Final = "nothing explains it yet"
+FP32, HALF = 4, 2
+
+
+def explanation(comparison: Comparison) -> str | None:
+    """Return the first explanation that applies."""
+    return next((text for each in EXPLANATIONS if (text := each(comparison))), None)
+
+
+def _cast_back_by_trl(comparison: Comparison) -> str | None:
+    """TRL casts what the k-bit preparation raised to fp32 back to bf16, but for the norms.
+
+    Shapes, with V tokens in the vocabulary, h hidden and T tokens in the batch:
+        embeddings, head    [V, h]  2 bytes less each
+        half copy of head   [V, h]  2 bytes, which autocast makes of an fp32 head only
+        first layer's input [T, h]  2 bytes less, the output of the embeddings
+
+    Source: trl 0.13.0, trainer/utils.py, peft_module_casting_to_bf16, called by SFTTrainer.
+    """
+    request = comparison.run.request
+    quantization = request.quantization
+    prepared = quantization is not None and quantization.prepare_kbit
+    if comparison.run.row.source_group != "fms-main" or not prepared:
+        return None
+    if comparison.meter != "allocated":
+        return None
+    model = model_config(request, Access.CATALOGUE)
+    spec = engine_for(request, model.config, model.id).run.spec
+    matrix = spec.vocab.value * spec.hidden.value
+    tokens = request.micro_batch_size * request.seq_len
+    tables, copy = 2 * (FP32 - HALF) * matrix, HALF * matrix
+    first_input = (FP32 - HALF) * tokens * spec.hidden.value
+    less = tables + copy + first_input
+    return (
+        f"TRL 0.13 casts embeddings and head back to bf16: 2 x 2Vh + 2Vh (no half copy of the "
+        f"head) + 2hT (first layer's input) = {gib(less)} less; with it {_left(comparison, less)}"
+    )
+
+
+def _cache(comparison: Comparison) -> str | None:
+    """The driver's figure holds the blocks that the allocator keeps, the tensors' does not."""
+    if comparison.meter != "device used":
+        return None
+    tensors = next(
+        (value for meter, value in readings(comparison.run.row) if meter == "allocated"), None
+    )
+    if tensors is None:
+        return None
+    peak = comparison.run.result.peak
+    context = peak.device_used_bytes.expected - peak.reserved_bytes.expected
+    kept = comparison.measured - tensors - context
+    taken = peak.reserved_bytes.expected - peak.allocated_bytes.expected
+    return (
+        f"blocks that the allocator keeps: {gib(round(comparison.measured))} - "
+        f"{gib(round(tensors))} allocated in the same run - {gib(context)} context = "
+        f"{gib(round(kept))}, {kept / tensors:.0%} of the allocated; the estimate takes "
+        f"{taken / peak.allocated_bytes.expected:.0%}"
+    )
+
+
+def _left(comparison: Comparison, less: int) -> str:
+    return f"{(comparison.estimated - less) / comparison.measured - 1:+.2%}"
+
+
+EXPLANATIONS: Final[tuple[Callable[[Comparison], "str | None"], ...]] = (
+    _cast_back_by_trl,
+    _cache,
+)

@@ -1,0 +1,193 @@
+"""The page `docs/accuracy.md`, written from the published rows and our answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from math import ceil
+from statistics import fmean, median
+from typing import Final
+
+from benchmarks.accuracy.comparison import Answered, Answers, Comparison, answers, comparisons
+from benchmarks.accuracy.explanations import NOTHING, explanation
+from benchmarks.accuracy.published import ROOT, Row, measured, out_of_memory
+from estimator.request import EstimateRequest, Lora
+from estimator.units import GiB, gib
+
+PAGE: Final = ROOT / "docs" / "accuracy.md"
+# Beyond the first an error must be explained; beyond the second a known reason is told.
+TOLERANCE: Final = 0.05
+WORTH_TELLING: Final = 0.01
+
+INTRODUCTION: Final = """\
+# Accuracy against published measurements
+
+Written by `python -m benchmarks.accuracy`; a test fails when this page is out of date. The measurements and what is known
+about them are in [data/published](../data/published/README.md).
+
+Every published row that the request document can express is estimated with the software that its source used, and each
+meter is compared with the same quantity of the answer: `max_memory_allocated` with allocated bytes, `max_memory_reserved`
+with reserved bytes, nvidia-smi with device memory in use. How a row becomes a request is in
+`benchmarks/accuracy/recipes.py`, one rule for a source. No constant of the estimator is fitted to a row.
+"""
+
+
+def render() -> str:
+    """Return the whole page."""
+    rows, failures = answers(measured()), answers(out_of_memory())
+    found = comparisons(rows.answered)
+    sections = (
+        INTRODUCTION,
+        *_summary(found),
+        *_measurements(found),
+        *_inexpressible(rows),
+        *_failures(failures),
+    )
+    return "\n".join(sections).rstrip() + "\n"
+
+
+# -- summary -----------------------------------------------------------------------------------
+
+
+def scored(found: Iterable[Comparison]) -> dict[tuple[str, str], list[Comparison]]:
+    """Return the comparisons that count, by source group and meter."""
+    counted = [each for each in found if each.run.row.scored]
+    keys = dict.fromkeys((each.run.row.source_group, each.meter) for each in counted)
+    return {
+        key: [each for each in counted if (each.run.row.source_group, each.meter) == key]
+        for key in keys
+    }
+
+
+def nearest_rank(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that at least this share of the values does not exceed.
+
+    Example:
+        >>> nearest_rank([1.0, 2.0, 3.0, 4.0], 0.5)
+        2.0
+    """
+    return sorted(values)[max(0, ceil(share * len(values)) - 1)]
+
+
+def _summary(found: Sequence[Comparison]) -> Iterator[str]:
+    yield "## Summary\n"
+    yield (
+        "Counted are peaks of completeness 2 or 3 that are not suspect, one meter at a time. Bias is the mean signed error;\n"
+        "the 90th percentile is by nearest rank.\n"
+    )
+    yield "| source | meter | rows | median error | 90th percentile | worst | bias | beyond 5 % |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|"
+    for (group, meter), each in scored(found).items():
+        errors = [comparison.error for comparison in each]
+        sizes = [abs(error) for error in errors]
+        worst = max(errors, key=abs)
+        yield (
+            f"| {group} | {meter} | {len(each)} | {median(sizes):.2%} | "
+            f"{nearest_rank(sizes, 0.9):.2%} | {worst:+.2%} | {fmean(errors):+.2%} | "
+            f"{sum(size > TOLERANCE for size in sizes)} |"
+        )
+    yield ""
+
+
+# -- one row for each measurement --------------------------------------------------------------
+
+
+def _measurements(found: Sequence[Comparison]) -> Iterator[str]:
+    yield "## Measurements\n"
+    yield (
+        "Sizes in GiB. A row in brackets does not count: its source leaves more than one thing open. The last column speaks where\n"
+        "an error is beyond 5 %, and where a known reason accounts for more than 1 %.\n"
+    )
+    for group, each in groupby(found, key=lambda comparison: comparison.run.row.source_group):
+        yield f"### {group}\n"
+        yield "| id | model | recipe | meter | measured | estimated | error | why |"
+        yield "|---|---|---|---|---:|---:|---:|---|"
+        for comparison in sorted(each, key=lambda one: one.meter):
+            yield _measurement(comparison)
+        yield ""
+
+
+def _measurement(comparison: Comparison) -> str:
+    run = comparison.run
+    name = run.row.id if run.row.scored else f"({run.row.id})"
+    return (
+        f"| {name} | {run.row.model} | {recipe(run.request)} | {comparison.meter} | "
+        f"{comparison.measured / GiB:.2f} | {comparison.estimated / GiB:.2f} | "
+        f"{comparison.error:+.2%} | {why(comparison)} |"
+    )
+
+
+def why(comparison: Comparison) -> str:
+    """Return what explains a comparison's error, as far as it needs explaining."""
+    if abs(comparison.error) <= WORTH_TELLING:
+        return ""
+    text = explanation(comparison)
+    if text is None and abs(comparison.error) > TOLERANCE:
+        return NOTHING
+    return text or ""
+
+
+def recipe(request: EstimateRequest) -> str:
+    """Return the recipe of a request in a few words."""
+    method, quantization = request.method, request.quantization
+    name = "full"
+    if isinstance(method, Lora):
+        name = f"{'QLoRA' if quantization else 'LoRA'} r={method.r}"
+    prepared = ", k-bit preparation" if quantization and quantization.prepare_kbit else ""
+    precision = request.precision + (f" + autocast {request.autocast}" if request.autocast else "")
+    optimizer = f"{request.optimizer.name} {request.optimizer.implementation}"
+    return (
+        f"{name}{prepared}, {precision}, {optimizer}, "
+        f"{request.micro_batch_size} x {request.seq_len}, "
+        f"checkpointing {request.activation_checkpointing}, {request.attention}, "
+        f"transformers {request.software.version}"
+    )
+
+
+# -- what cannot be expressed, and what failed -------------------------------------------------
+
+
+def _inexpressible(rows: Answers) -> Iterator[str]:
+    total = len(rows.answered) + len(rows.refused)
+    yield "## Rows that this version cannot express\n"
+    yield f"{len(rows.refused)} of {total} rows, each under the first reason that applies.\n"
+    yield from _reasons(rows)
+
+
+def _reasons(rows: Answers) -> Iterator[str]:
+    yield "| reason | rows | sources |"
+    yield "|---|---:|---|"
+    for reason, each in rows.reasons.items():
+        yield f"| {reason} | {len(each)} | {_sources(each)} |"
+    yield ""
+
+
+def _sources(rows: Iterable[Row]) -> str:
+    counts = Counter(row.source_group for row in rows)
+    return ", ".join(f"{group} ({count})" for group, count in sorted(counts.items()))
+
+
+def _failures(rows: Answers) -> Iterator[str]:
+    total = len(rows.answered) + len(rows.refused)
+    yield "## Runs that were published as not fitting\n"
+    yield (
+        f"{len(rows.answered)} of {total} can be expressed. A verdict of `fits` here would be false; there are "
+        f"{sum(each.result.verdict == 'fits' for each in rows.answered)}.\n"
+    )
+    yield "| id | model | recipe | GPU | needs | offers | verdict |"
+    yield "|---|---|---|---|---:|---:|---|"
+    for each in rows.answered:
+        yield _failure(each)
+    yield ""
+    yield "The others, by reason:\n"
+    yield from _reasons(rows)
+
+
+def _failure(run: Answered) -> str:
+    used, usable = run.result.peak.device_used_bytes, run.result.capacity.usable_bytes
+    offers = gib(usable) if usable is not None else "not known"
+    return (
+        f"| {run.row.id} | {run.row.model} | {recipe(run.request)} | {run.row.gpu} | "
+        f"{gib(used.low)} to {gib(used.high)} | {offers} | {run.result.verdict} |"
+    )
