@@ -83,6 +83,12 @@ class Engine:
         self.windows = tuple(
             kind.sliding_window for kind in run.spec.kinds if kind.sliding_window is not None
         )
+        # Only attention without a fused kernel tells one row from several.
+        self.multiplies_scores = (
+            run.settings.attention == "eager"
+            or run.spec.broadcasts_keys
+            or (run.autocast is None and not run.spec.embeddings[0].dtype.is_half)
+        )
         self._steps: dict[Regime, Step] = {}
 
     def step(self, micro_batch_size: int, seq_len: int) -> Step:
@@ -98,6 +104,7 @@ class Engine:
             sorts_embedding_gradient=tokens > SORTED_EMBEDDING_TOKENS,
             dequantizes=tokens > FUSED_4BIT_TOKENS,
             exceeds_window=any(seq_len >= window for window in self.windows),
+            several_rows=micro_batch_size > 1 or not self.multiplies_scores,
         )
 
     def read(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Reading:

@@ -28,7 +28,13 @@ class Section(BaseModel):
     """A part of the request: frozen, strict, and closed to unknown fields."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        # One validator is built, for the whole request and when first needed.
+        defer_build=True,
     )
 
 

@@ -27,9 +27,18 @@ from profiler.workspaces import Workspaces
 
 _DEVICE: Final = torch.ops.prim.device.default
 _ADD: Final = torch.ops.aten.add.Tensor
-# Reference counts that the dispatcher itself holds on a tensor, and on its storage, that autograd
-# alone owns; found by counting and held by a test against real memory events.
-_TENSOR_REFERENCES: Final = 4
+# What autograd's C++ code does in place on a tensor of its own, unless a tensor subclass or any
+# dispatch mode is about: torch/csrc/autograd/input_buffer.cpp (`accumulate`) for the sum of
+# gradients, FunctionsManual.cpp (`index_backward`, `gather_backward`,
+# `value_selecting_reduction_backward`) for the others.
+# With each, how many references the dispatcher and its caller hold on a tensor that is the
+# engine's alone; found by counting, and held by a test against real memory events.
+_IN_PLACE_TWINS: Final = {
+    torch.ops.aten.add.Tensor: (torch.ops.aten.add_.Tensor, 4),
+    torch.ops.aten.index_put.default: (torch.ops.aten.index_put_.default, 5),
+    torch.ops.aten.scatter.src: (torch.ops.aten.scatter_.src, 5),
+    torch.ops.aten.scatter_add.default: (torch.ops.aten.scatter_add_.default, 5),
+}
 _STORAGE_REFERENCES: Final = 2
 _ACCUMULATE_GRAD: Final = 2**64 - 1
 
@@ -290,8 +299,9 @@ class Meter(TorchDispatchMode):
             # An operator on one tensor works for that tensor's layer; one on lists, for all.
             path, layer = self._owner_of(args[0]) if args else ("", None)
         self._layer = layer
-        if func is _ADD and self._in_place and self._accumulates(args, kwargs):
-            out = torch.ops.aten.add_.Tensor(args[0], args[1])
+        twin, references = _IN_PLACE_TWINS.get(func, (None, 0))
+        if twin is not None and self._in_place and self._overwrites(args, kwargs, references):
+            out = twin(*args)
         else:
             known = self._known.scalar(func, args)
             if known is not None:
@@ -301,27 +311,27 @@ class Meter(TorchDispatchMode):
         self._born(func, args, out, path, layer)
         return out
 
-    def _accumulates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether autograd sums two gradients here and would reuse the first one's storage.
+    def _overwrites(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], references: int
+    ) -> bool:
+        """Whether autograd works here on a tensor that nobody else holds, and would overwrite it.
 
-        Follows `accumulate` in torch/csrc/autograd/input_buffer.cpp: with the last reference to a
-        plain dense tensor the sum is made in place. It tests for tensor subclasses first, and any
-        active dispatch mode counts as one, so under this mode it always copies.
+        The tests of `accumulate`: gradients are not recorded, the last reference is the engine's,
+        and the tensor is dense. It tests for tensor subclasses first, and any active dispatch mode
+        counts as one, so under this mode autograd always copies.
         """
         if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is None:
             return False
-        old, new = args[0], args[1]
-        if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+        target, source = args[0], args[-1] if len(args) == 2 else args[0]
+        if not (isinstance(target, torch.Tensor) and isinstance(source, torch.Tensor)):
             return False
-        if old.shape != new.shape or old.dtype != new.dtype or not _called_by_engine():
+        if target.shape != source.shape or target.dtype != source.dtype:
             return False
-        for index in (old.untyped_storage()._cdata, new.untyped_storage()._cdata):
-            if index not in self._index:
-                return False
         return (
-            torch.ops.aten.is_non_overlapping_and_dense(old)
-            and old._use_count() == _TENSOR_REFERENCES
-            and torch._C._storage_Use_Count(old.untyped_storage()._cdata) == _STORAGE_REFERENCES
+            _called_by_engine()
+            and torch.ops.aten.is_non_overlapping_and_dense(target)
+            and target._use_count() == references
+            and torch._C._storage_Use_Count(target.untyped_storage()._cdata) == _STORAGE_REFERENCES
         )
 
     def _born(

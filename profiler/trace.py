@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from estimator.components import COMPONENTS, Component
 from estimator.units import round_up
-from profiler.allocator import (
+from estimator.memory.caching_allocator import (
     DEFAULT_SETTINGS,
     MIN_BLOCK_BYTES,
     AllocatorSettings,

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from estimator.errors import InvalidRequestError
-from profiler.allocator import (
+from estimator.memory.caching_allocator import (
     DEFAULT_SETTINGS,
     Allocation,
     AllocatorSettings,

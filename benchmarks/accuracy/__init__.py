@@ -1,1 +1,1 @@
-"""Compares estimates with published measurements; `python -m benchmarks.accuracy` writes the page."""
+"""Estimates beside published measurements; `python -m benchmarks.accuracy` writes the page."""

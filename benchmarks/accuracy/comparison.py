@@ -13,7 +13,7 @@ from estimator.catalog import Access
 from estimator.errors import UnknownModelError, UnsupportedModelError
 from estimator.pipeline import answer
 from estimator.request import EstimateRequest, parse_request
-from estimator.result import Result
+from estimator.result import Range, Result
 from estimator.service import model_config, requested_gpu
 
 
@@ -33,12 +33,17 @@ class Comparison:
     run: Answered
     meter: Meter
     measured: float
-    estimated: int
+    estimated: Range
 
     @property
     def error(self) -> float:
         """The signed relative error."""
-        return self.estimated / self.measured - 1
+        return self.estimated.expected / self.measured - 1
+
+    @property
+    def inside(self) -> bool:
+        """Whether the measurement lies in the range of the answer."""
+        return self.estimated.low <= self.measured <= self.estimated.high
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,10 +78,10 @@ def _cache(comparison: Comparison) -> str | None:
 
 
 def _left(comparison: Comparison, less: int) -> str:
-    return f"{(comparison.estimated - less) / comparison.measured - 1:+.2%}"
+    return f"{(comparison.estimated.expected - less) / comparison.measured - 1:+.2%}"
 
 
-EXPLANATIONS: Final[tuple[Callable[[Comparison], "str | None"], ...]] = (
+EXPLANATIONS: Final[tuple[Callable[[Comparison], str | None], ...]] = (
     _cast_back_by_trl,
     _cache,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final, Literal
 
 from benchmarks.accuracy.published import Row
-from estimator.result import Peak
+from estimator.result import Peak, Range
 from estimator.units import GiB, MiB
 
 Meter = Literal["allocated", "reserved", "device used"]
@@ -44,11 +44,11 @@ def readings(row: Row) -> Iterator[tuple[Meter, float]]:
             yield other, value * unit
 
 
-def estimated(peak: Peak, meter: Meter) -> int:
-    """Return our expected value of a meter [bytes]."""
+def estimated(peak: Peak, meter: Meter) -> Range:
+    """Return our range of a meter [bytes]."""
     quantities = {
         "allocated": peak.allocated_bytes,
         "reserved": peak.reserved_bytes,
         "device used": peak.device_used_bytes,
     }
-    return quantities[meter].expected
+    return quantities[meter]

@@ -34,6 +34,8 @@ class Heads:
 def flash(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     """FlashAttention 2, as SDPA or as its own package: no score matrix is ever kept.
 
+    The output lies in memory as the query does.
+
     Shapes:
         saved: q, output     [b, s, H·d]   2 bytes each
         saved: k, v          [b, s, KV·d]  2 bytes each
@@ -47,12 +49,26 @@ def flash(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         workspace = _flash_workspace(node, heads)
-        into = tuple(node.new_grad(each, source=_SDPA) for each in range(3))
+        into = _gradients(node, _SDPA)
         workspace.clear()
         return into
 
     q.tape.record("attention", (q, k, v), (q, k, v, out, lse), rule, out)
     return out
+
+
+def _gradients(node: Node, source: Cite) -> Out:
+    """The gradients of query, key and value: the kernel makes all three, wanted or not."""
+    unwanted = [
+        node.scratch("unwanted gradient", *node.meta_of(each), source)
+        for each in range(3)
+        if not node.wants(each)
+    ]
+    into = tuple(
+        node.new_grad(each, source=source) if node.wants(each) else None for each in range(3)
+    )
+    unwanted.clear()
+    return into
 
 
 def _flash_workspace(node: Node, heads: Heads) -> list[Tensor]:
@@ -85,7 +101,7 @@ def efficient(
 ) -> Tensor:
     """Memory-efficient attention, which SDPA takes when there is a mask or fp32 inputs.
 
-    A boolean mask becomes a float one of the query's type, in each layer anew, and is saved.
+    The mask is saved; one of another type than the query is written out in each layer anew.
 
     Shapes:
         saved: q, output      [b, s, H·d]   width of the query each
@@ -97,15 +113,14 @@ def efficient(
     """
     source = Cite("torch-derivatives", "_scaled_dot_product_efficient_attention")
     q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
-    bias = None
-    if mask is not None:
-        bias = q.tape.new("attention mask as float", mask.shape, q.dtype, source)
-    out = q.tape.new("attention output", q.shape, q.dtype, source)
+    bias = None if mask is None else additive(mask, q.dtype)
+    shape = (BATCH, SEQ, heads.query, heads.width)
+    out = q.tape.new("attention output", shape, q.dtype, source)
     lse = q.tape.new("log-sum-exp", (BATCH, heads.query, SEQ), F32, source)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         delta = node.scratch("delta", (BATCH, heads.query, SEQ), F32, source, "workspace")
-        into = tuple(node.new_grad(each, source=source) for each in range(3))
+        into = _gradients(node, source)
         del delta
         return into
 
@@ -126,7 +141,66 @@ def math_causal(q: Tensor, k: Tensor, v: Tensor, heads: Heads, p: float = 0.0) -
     weights = ops.softmax(ops.matmul(scaled, keys, scores(heads), "scores"))
     del mask
     weights = ops.dropout(weights, p)
-    return ops.matmul(weights, values, q.shape, "attention output")
+    shape = (BATCH, heads.query, SEQ, heads.width)
+    return ops.matmul(weights, values, shape, "attention output")
+
+
+def additive(mask: Tensor, dtype: DType) -> Tensor:
+    """Return a mask in the type of the query: written out, unless it has that type already.
+
+    Source: torch-sdpa, attention.cpp, convert_boolean_attn_mask; autocast casts a float mask.
+    """
+    if mask.dtype is dtype:
+        return mask
+    source = Cite("torch-sdpa", "attention.cpp, convert_boolean_attn_mask")
+    return mask.tape.new("attention mask as float", mask.shape, dtype, source)
+
+
+def math_broadcast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: Heads) -> Tensor:
+    """SDPA's fallback in plain operators, with one key head that is broadcast to all query heads.
+
+    Without `enable_gqa` no fused kernel takes fewer key heads than query heads. Half precision
+    inputs are raised to fp32, autocast is off inside, and every name lives until the end.
+
+    Shapes:
+        saved: scaled q, k, v     [b, H, s, d]  4 bytes each; with a single row k and v have 1 head
+        saved: attention weights  [b, H, s, s]  4 bytes
+
+    Source: torch-sdpa, attention.cpp, _scaled_dot_product_attention_math and _safe_softmax.
+    """
+    tape = q.tape
+    q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
+    enabled, tape.autocast_enabled = tape.autocast_enabled, False
+    bias = additive(mask, q.dtype)
+    query_acc, key_acc, value_acc = (ops.cast(each, F32) for each in (q, k, v))
+    query = ops.scale(query_acc, "scaled query")
+    keys = every_head(ops.scale(key_acc, "scaled keys"), heads)
+    weights = ops.matmul(query, keys, scores(heads), "scores")
+    del keys
+    weights = ops.add_in_place(weights, bias)
+    weights = _safe_softmax(weights)
+    returned = ops.cast(weights, q.dtype, "attention weights that nobody reads")
+    shape = (BATCH, heads.query, SEQ, heads.width)
+    out = ops.matmul(weights, every_head(value_acc, heads), shape, "attention output")
+    out = ops.cast(out, q.dtype)
+    del returned
+    tape.autocast_enabled = enabled
+    return out
+
+
+def _safe_softmax(x: Tensor) -> Tensor:
+    """Softmax that then looks for rows without any key, one byte for each element."""
+    out = ops.softmax(x)
+    source = Cite("torch-sdpa", "attention.cpp, _safe_softmax")
+    x.tape.new("elements that are masked", x.shape, DType.BOOL, source)
+    return out
+
+
+def every_head(x: Tensor, heads: Heads) -> Tensor:
+    """Broadcast the one key or value head as torch.matmul does: written out for several rows."""
+    if x.tape.regime.several_rows:
+        return ops.copy(x, (BATCH, heads.query, SEQ, heads.width), "broadcast to every head")
+    return ops.expand(x, (BATCH, SEQ, heads.query, heads.width))
 
 
 def repeat_heads(x: Tensor, heads: Heads) -> Tensor:
@@ -165,13 +239,15 @@ def eager(
     keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
     weights = ops.scale(ops.matmul(q, keys, scores(heads), "scores"), "scaled scores")
     if softcap:
-        weights = ops.softcapped(weights)
+        weights = ops.scale(weights, "scores over the cap")
+        weights = ops.tanh(weights)
+        weights = ops.scale(weights, "capped scores")
     if mask is not None:
         weights = ops.add(weights, mask, "masked scores")
     weights = ops.cast(ops.softmax(weights, softmax_dtype), q.dtype)
     weights = ops.dropout(weights, p)
-    out = ops.matmul(weights, values, (BATCH, heads.query, SEQ, heads.width), "attention output")
-    return ops.copy(out)
+    shape = (BATCH, heads.query, SEQ, heads.width)
+    return ops.matmul(weights, values, shape, "attention output")
 
 
 def heads(query: int, key_value: int, width: int) -> Heads:

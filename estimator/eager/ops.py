@@ -55,8 +55,11 @@ def autocast_to_float(x: Tensor) -> Tensor:
     return cast(x, F32, "autocast to float32")
 
 
-def autocast_weight(tape: Tape, weight: Param) -> Operand:
+def autocast_weight(tape: Tape, weight: Param, *, caches: bool = True) -> Operand:
     """Cast a weight as autocast does: fp32 leaves that want a gradient are cast once and cached.
+
+    Args:
+        caches: False where the model hands a view of the weight to the operator, such as `W.T`.
 
     Source: torch-autocast, cached_cast.
     """
@@ -72,7 +75,7 @@ def autocast_weight(tape: Tape, weight: Param) -> Operand:
         return (node.new_grad(0),)
 
     tape.record("weight cast", (weight,), (), rule, out)
-    if weight.requires_grad and weight.dtype is F32:
+    if caches and weight.requires_grad and weight.dtype is F32:
         tape.cast_cache[weight] = out
     return out
 
@@ -135,17 +138,6 @@ def shift(x: Tensor, name: str = "add a number") -> Tensor:
     out = x.tape.new(name, x.shape, x.dtype, _derivative("add"))
     x.tape.record(name, (x,), (), lambda node, grads, saved: (grads[0],), out)
     return out
-
-
-def softcapped(x: Tensor) -> Tensor:
-    """`tanh(x / cap) * cap` in three operators; the tangent is saved.
-
-    Source: hf-modeling, gemma2/modeling_gemma2.py, eager_attention_forward and
-    Gemma2ForCausalLM.forward.
-    """
-    x = scale(x, "input over the cap")
-    x = tanh(x)
-    return scale(x, "capped")
 
 
 def rsqrt(x: Tensor) -> Tensor:
@@ -228,6 +220,13 @@ def one_plus(tape: Tape, weight: Param) -> Tensor:
     return out
 
 
+def add_in_place(x: Tensor, y: Tensor, name: str = "add in place") -> Tensor:
+    """`x += y`: the result is `x`'s own memory, and backward passes one gradient to both."""
+    out = Tensor(x.tape, x.shape, x.dtype, x.storage, base=x.base or x)
+    x.tape.record(name, (x, y), (), lambda node, grads, saved: (grads[0], grads[0]), out)
+    return out
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout as CUDA's native_dropout runs it: a mask of one byte for each element is saved."""
     if p == 0.0:
@@ -258,9 +257,32 @@ def copy(x: Tensor, shape: Shape | None = None, name: str = "contiguous copy") -
     return out
 
 
+def expand(x: Tensor, shape: Shape) -> Tensor:
+    """A broadcast view; backward sums the gradient down to the smaller shape."""
+    out = Tensor(x.tape, shape, x.dtype, x.storage, base=x.base or x)
+    x.tape.record("expand", (x,), (), lambda node, grads, saved: (grads[0],), out)
+    return out
+
+
+def pick(x: Tensor, shape: Shape) -> Tensor:
+    """A copy of some places, as indexing with a list makes it; backward fills zeros around it."""
+    out = x.tape.new("index", shape, x.dtype, _derivative("index.Tensor"))
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        return (node.new_grad(0, source=_derivative("index.Tensor")),)
+
+    x.tape.record("index", (x,), (), rule, out)
+    return out
+
+
 def narrow(x: Tensor, last: Dim) -> Tensor:
     """A slice of the last dimension: a view; backward fills a tensor of zeros around it."""
-    out = Tensor(x.tape, (*x.shape[:-1], last), x.dtype, x.storage, base=x.base or x)
+    return part(x, (*x.shape[:-1], last))
+
+
+def part(x: Tensor, shape: Shape) -> Tensor:
+    """A view of some places of a tensor; backward fills a tensor of zeros around them."""
+    out = Tensor(x.tape, shape, x.dtype, x.storage, base=x.base or x)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         return (node.new_grad(0, source=_derivative("slice")),)
@@ -300,14 +322,16 @@ def cat_last(parts: tuple[Tensor, ...], last: Dim) -> Tensor:
 # -- matrix products ---------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Param, bias: Param | None, out_dim: Dim) -> Tensor:
+def linear(
+    x: Tensor, weight: Param, bias: Param | None, out_dim: Dim, *, caches: bool = True
+) -> Tensor:
     """`x W^T + b`; saves x if the weight wants a gradient, and the weight if x wants one.
 
     Under autocast x is cast once for each call, the weight as `autocast_weight` says.
     """
     tape = x.tape
     half = autocast_to_half(x)
-    matrix = autocast_weight(tape, weight)
+    matrix = autocast_weight(tape, weight, caches=caches)
     vector = autocast_weight(tape, bias) if bias is not None else None
     out = tape.new("output", (*x.shape[:-1], out_dim), half.dtype, _derivative("mm"))
 
@@ -333,7 +357,7 @@ def linear(x: Tensor, weight: Param, bias: Param | None, out_dim: Dim) -> Tensor
 
 def matmul(x: Tensor, y: Tensor, shape: Shape, name: str) -> Tensor:
     """A batched product of two activations; each is saved if the other wants a gradient."""
-    left, right = autocast_to_half(x), autocast_to_half(y)
+    left, right = _head_by_head(autocast_to_half(x)), _head_by_head(autocast_to_half(y))
     out = x.tape.new(name, shape, left.dtype, _derivative("bmm"))
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
@@ -344,6 +368,17 @@ def matmul(x: Tensor, y: Tensor, shape: Shape, name: str) -> Tensor:
     saved = (left if right.requires_grad else None, right if left.requires_grad else None)
     x.tape.record(name, (left, right), saved, rule, out)
     return out
+
+
+def _head_by_head(x: Tensor) -> Tensor:
+    """Copy a tensor [b, s, H, d] to [b, H, s, d] as a batched product of several rows needs it.
+
+    torch.matmul folds batch and heads into one dimension; for a single row that is a view.
+    """
+    if len(x.shape) != 4 or x.shape[1] is not SEQ or not x.tape.regime.several_rows:
+        return x
+    batch, tokens, heads, width = x.shape
+    return copy(x, (batch, heads, tokens, width), "copy head by head")
 
 
 # -- normalisation, softmax and loss -----------------------------------------------------------

@@ -199,11 +199,13 @@ class Regime:
         sorts_embedding_gradient: more than 3072 tokens in the micro-batch.
         dequantizes: more tokens than bitsandbytes multiplies without dequantizing.
         exceeds_window: the length is beyond the sliding window of some layers.
+        several_rows: more than one sequence, so that batched products copy what lies token by token.
     """
 
     sorts_embedding_gradient: bool = True
     dequantizes: bool = True
     exceeds_window: bool = False
+    several_rows: bool = True
 
 
 class Tape:

@@ -54,6 +54,8 @@ DEFAULTS: Final[dict[str, dict[str, Any]]] = {
         "enable_bias": True,
         "layer_norm_elementwise_affine": True,
     },
+    "phi3": {"tie_word_embeddings": False},
+    "starcoder2": {"tie_word_embeddings": True, "num_key_value_heads": 2, "use_bias": True},
     "qwen2": {"tie_word_embeddings": False, "num_key_value_heads": 32},
     "qwen3": {"tie_word_embeddings": False, "num_key_value_heads": 32, "head_dim": 128},
 }

@@ -91,13 +91,12 @@ class Forward:
         """Run a linear layer without its adapter."""
         if module.format is not None:
             return module.format.forward(self, module, x)
-        bias = module.bias_weight()
-        return ops.linear(
-            x,
-            self.param(module.name, module.weight()),
-            self.param(module.name, bias) if bias else None,
-            module.fan_out,
-        )
+        weight, bias = self.param(module.name, module.weight()), module.bias_weight()
+        vector = self.param(module.name, bias) if bias else None
+        if not module.spelled_out:
+            return ops.linear(x, weight, vector, module.fan_out)
+        product = ops.linear(x, weight, None, module.fan_out, caches=False)
+        return product if vector is None else ops.add(product, vector, "sum with the bias")
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
         """RMSNorm as Llama writes it: statistics in fp32, the weight applied in the input's type.
@@ -174,8 +173,8 @@ class Forward:
         """
         cos, sin = self.rotary[name]
         with self.tape.module(name):
-            rotated_q = ops.add(ops.mul(q, cos), ops.mul(rotate_half(q), sin))
-            rotated_k = ops.add(ops.mul(k, cos), ops.mul(rotate_half(k), sin))
+            rotated_q = rotated(q, cos, sin)
+            rotated_k = rotated(k, cos, sin)
         return rotated_q, rotated_k
 
     def prepare_masks(self, kinds: Iterable[LayerKind]) -> None:
@@ -207,30 +206,30 @@ class Forward:
         """Whether the length is beyond this kind's window."""
         return self.tape.regime.exceeds_window and kind.sliding_window is not None
 
-    def attend(
-        self,
-        kind: LayerKind,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        p: float = 0.0,
-        *,
-        softcap: bool = False,
-    ) -> Tensor:
+    def attend(self, kind: LayerKind, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
         """Run attention as the chosen implementation does, and return [b, s, H*d].
 
         Args:
-            q: [b, s, H, d]
-            k: [b, s, KV, d]
+            q: [b, s, H, d], or [b, H, s, d] where it lies head by head in memory
+            k: [b, s, KV, d], or head by head like q
             v: [b, s, KV, d]
             p: dropout on the attention weights.
-            softcap: scores are bent by tanh, which FlashAttention does without a copy.
         """
         if self.settings.keeps_cache:
             self.cache += [k, v]
         mask = self.masks.get("sliding" if kind.sliding_window is not None else "full")
         out = self._kernel(kind, q, k, v, mask, p)
+        if out.shape[1] is not SEQ:
+            out = ops.copy(out, (BATCH, SEQ, kind.heads.query, kind.heads.width), "output by token")
         return view(out, (BATCH, SEQ, dim("H·d", kind.heads.query.value * kind.heads.width.value)))
+
+    def takes_flash(self, kind: LayerKind, q: Tensor) -> bool:
+        """Whether attention over these queries runs FlashAttention."""
+        sliding = "sliding" if kind.sliding_window is not None else "full"
+        if self.settings.attention == "eager" or sliding in self.masks:
+            return False
+        half = self.tape.autocast if self.tape.autocast_enabled else None
+        return (half or q.dtype).is_half
 
     def _kernel(
         self, kind: LayerKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float
@@ -241,8 +240,7 @@ class Forward:
         if mask is not None:
             keys, values = (attention.repeat_heads(each, heads) for each in (k, v))
             return attention.efficient(q, keys, values, mask, heads)
-        half = self.tape.autocast if self.tape.autocast_enabled else None
-        if (half or q.dtype).is_half:
+        if self.takes_flash(kind, q):
             return attention.flash(q, k, v, heads)
         if heads.groups == 1:
             return attention.efficient(q, k, v, None, heads)
@@ -277,6 +275,11 @@ def normalized(x: Tensor) -> Tensor:
     hidden = ops.cast(x, F32)
     variance = ops.mean_last(ops.power(hidden))
     return ops.mul(hidden, ops.rsqrt(ops.shift(variance)), "normalized")
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return `x * cos + rotate_half(x) * sin`."""
+    return ops.add(ops.mul(x, cos), ops.mul(rotate_half(x), sin))
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ class Linear(Module):
 
     Args:
         transposed: GPT-2's Conv1D, which stores [in, out].
+        spelled_out: Falcon's `x @ W.T + b`: autocast caches no view of a weight, and the sum with
+            the bias is an operator of its own. A quantized layer is no such layer any more.
         format: set when the weight is quantized.
         adapter: set when a PEFT method targets the layer.
     """
@@ -104,6 +106,7 @@ class Linear(Module):
     fan_out: Dim
     bias: bool = False
     transposed: bool = False
+    spelled_out: bool = False
     format: WeightFormat | None = None
     adapter: Adapter | None = None
 
@@ -208,6 +211,8 @@ class ModelSpec:
         max_positions: the longest sequence that a table of positions allows, if there is one.
         rotary_width: width of the rotary tables; 0 without rotary positions.
         supports_sdpa: whether the model class runs torch's scaled dot product attention.
+        supports_flash: whether it runs FlashAttention 2.
+        broadcasts_keys: sdpa gets one key head for all query heads, which no fused kernel takes.
     """
 
     model_type: str
@@ -224,6 +229,8 @@ class ModelSpec:
     max_positions: int | None = None
     rotary_width: int = 0
     supports_sdpa: bool = True
+    supports_flash: bool = True
+    broadcasts_keys: bool = False
     notes: tuple[str, ...] = ()
 
     def module_counts(self) -> Iterator[tuple[Module, int]]:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter
+import pydantic_core
 
 from estimator.result import Result
 
 
-@cache
-def adapter() -> TypeAdapter[Result]:
-    """Return the serializer of results; building it takes milliseconds, so it is built once."""
-    return TypeAdapter(Result)
-
-
 def to_json(result: Result) -> bytes:
     """Return the document as UTF-8 JSON with two spaces of indent and a final newline."""
-    return adapter().dump_json(result, indent=2) + b"\n"
+    return pydantic_core.to_json(result, indent=2) + b"\n"
 
 
 def to_dict(result: Result) -> dict[str, Any]:
     """Return the document as plain dictionaries and lists."""
-    document: dict[str, Any] = adapter().dump_python(result, mode="json")
+    document: dict[str, Any] = pydantic_core.to_jsonable_python(result)
     return document

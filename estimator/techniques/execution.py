@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from estimator.errors import UnsupportedCombinationError
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.stage import Stage
 
@@ -22,14 +23,23 @@ class Attention:
 
         transformers takes `sdpa` by itself where the model class has it, and `eager` elsewhere.
 
+        Raises:
+            UnsupportedCombinationError: FlashAttention for a model class that does not run it.
+
         Source: hf-loading, get_correct_attn_implementation.
         """
         name, spec = self.name, run.spec
+        if name == "flash_attention_2" and not spec.supports_flash:
+            raise UnsupportedCombinationError(
+                f"transformers does not run flash_attention_2 with this {spec.model_type} model; "
+                f"use {'sdpa' if spec.supports_sdpa else 'eager'}"
+            )
         if name == "sdpa" and not spec.supports_sdpa:
             name = "eager"
+            advice = "; attention 'flash_attention_2' avoids that" if spec.supports_flash else ""
             note = (
                 f"transformers has no sdpa attention for {spec.model_type} models and falls back "
-                "to eager, which keeps every score; attention 'flash_attention_2' avoids that"
+                f"to eager, which keeps every score{advice}"
             )
             spec = replace(spec, notes=(*spec.notes, note))
         settings = replace(run.settings, attention=name, padding=self.padding)

@@ -14,7 +14,7 @@ import pytest
 
 from estimator.errors import InvalidRequestError
 from estimator.units import MiB
-from profiler.allocator import AllocatorSettings
+from estimator.memory.caching_allocator import AllocatorSettings
 from profiler.trace_export import TraceEvent, chrome_trace, memory_snapshot, write_trace
 
 # The opcodes that the viewer's unpickler knows: pytorch torch/utils/viz/MemoryViz.js::unpickle at

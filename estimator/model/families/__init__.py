@@ -15,6 +15,8 @@ FAMILIES: Final[dict[str, str]] = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "starcoder2": "starcoder2",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
     "llama": "llama",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from estimator.dtypes import DType
-from estimator.eager import ops
+from estimator.eager import attention, ops
 from estimator.eager.size import BATCH, ONE, SEQ, Dim, dim
 from estimator.eager.tensor import Tensor, view
 from estimator.errors import UnsupportedModelError
@@ -64,9 +64,7 @@ class Gemma:
             q = run.centered_rms_norm(q, "self_attn.q_norm")
             k = run.centered_rms_norm(k, "self_attn.k_norm")
         q, k = run.rotate(q, k, kind.facts["rotary"])
-        out = run.attend(
-            kind, q, k, v, kind.facts["attention_dropout"], softcap=kind.facts["softcap"]
-        )
+        out = run.attend(kind, q, k, v, kind.facts["attention_dropout"])
         return run.linear(out, "self_attn.o_proj")
 
     def final(self, run: Forward, hidden: Tensor) -> Tensor:
@@ -138,25 +136,26 @@ def layer_kind(
     *,
     activation: str = "hidden_activation",
     window: int | None = None,
-    **facts: Any,
+    softcap: bool = False,
+    rotary: str = "rotary",
 ) -> LayerKind:
     """Return one kind of decoder layer.
 
     Args:
         activation: the field that names the activation function.
-        facts: what differs from a plain Gemma layer: `rotary`, `softcap`.
+        softcap: attention scores are bent by tanh, which FlashAttention does without a copy.
+        rotary: the name of the rotary tables.
     """
     return LayerKind(
         name=name,
         modules=modules,
         heads=config.heads(),
         sliding_window=window,
+        eager=partial(attention.eager, softcap=softcap),
         facts={
             "activation": config.text(activation, "gelu_pytorch_tanh"),
             "attention_dropout": config.fraction("attention_dropout", 0.0),
-            "rotary": "rotary",
-            "softcap": False,
-            **facts,
+            "rotary": rotary,
         },
     )
 

@@ -56,7 +56,11 @@ class Gemma2(Gemma):
         Source: hf-modeling, gemma2/modeling_gemma2.py, Gemma2ForCausalLM.forward.
         """
         logits = run.linear(hidden, "lm_head")
-        return ops.softcapped(logits) if self.caps_logits else logits
+        if self.caps_logits:
+            logits = ops.scale(logits, "logits over the cap")
+            logits = ops.tanh(logits)
+            logits = ops.scale(logits, "capped logits")
+        return logits
 
 
 def read(config: Config) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Gemma 3, text only: Gemma 2's layer with norms on queries and keys, two pairs of rotary tables."""
+"""Gemma 3 without images: Gemma 2's layer, norms on queries and keys, two rotary tables."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def read(config: Config) -> ModelSpec:
         Norm(name="self_attn.k_norm", width=width),
     )
     kinds = tuple(
-        layer_kind(
-            config, layer_name(each), modules, window=window_of(config, each), rotary=each
-        )
+        layer_kind(config, layer_name(each), modules, window=window_of(config, each), rotary=each)
         for each in distinct
     )
     return specification(

@@ -8,7 +8,7 @@ import pytest
 
 from estimator.errors import InvalidRequestError
 from estimator.units import GiB, KiB, MiB
-from profiler.allocator import (
+from estimator.memory.caching_allocator import (
     AllocationEvent,
     AllocatorSettings,
     CachingAllocator,

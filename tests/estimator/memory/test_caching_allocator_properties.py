@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from estimator.units import MiB
-from profiler.allocator import (
+from estimator.memory.caching_allocator import (
     AllocationEvent,
     AllocatorSettings,
     CachingAllocator,

@@ -1,0 +1,1 @@
+"""Measurements of the estimator itself: how right it is, and how fast."""

@@ -1,0 +1,99 @@
+"""Run the whole grid and write `docs/conformance.md`: `python -m tests.conformance.report`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import median
+
+from estimator.errors import EstimatorError
+from tests.conformance.cases import cases
+from tests.conformance.compare import Comparison, compare
+
+PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
+LIMIT = 0.01
+MEDIAN_LIMIT = 0.001
+
+
+def main(pattern: str = "") -> int:
+    """Compare the cases whose name holds a pattern, and write the page when all were run."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    chosen = [case for case in cases() if pattern in case.name]
+    done: list[Comparison] = []
+    failed: list[tuple[str, str]] = []
+    for case in track(chosen, "comparing engines", console=console):
+        try:
+            found = compare(case.name, case.document)
+        except EstimatorError as error:
+            failed.append((case.name, str(error)))
+            continue
+        done.append(found)
+        if abs(found.tensor_error) > MEDIAN_LIMIT or not found.same_moment:
+            console.print(_line(found), highlight=False)
+    for name, reason in failed:
+        console.print(f"{name}: {reason}", highlight=False)
+    if not pattern:
+        PAGE.write_text(page(done, failed), encoding="utf-8")
+    worst = max((abs(each.error) for each in done), default=0.0)
+    agree = all(each.same_moment for each in done)
+    return 0 if not failed and worst <= LIMIT and agree else 1
+
+
+def page(done: list[Comparison], failed: list[tuple[str, str]]) -> str:
+    """Return the page, worst cases first."""
+    answered = sorted((each for each in done if not each.refused), key=_badness)
+    errors = [abs(each.error) for each in answered]
+    refused = [each for each in done if each.refused]
+    within = sum(error <= LIMIT for error in errors)
+    moments = sum(each.same_moment for each in answered)
+    lines = [
+        "# Conformance of the analytic engine",
+        "",
+        "Every case is answered twice: by the analytic engine, and by the dry run, which runs the",
+        "real training step of transformers, PEFT, bitsandbytes and torch on fake tensors. Both",
+        "predict `torch.cuda.max_memory_allocated`. Written by `make conformance`.",
+        "",
+        f"- cases: {len(answered)} answered by both, {len(refused)} refused by both, "
+        f"{len(failed)} answered by one engine only",
+        f"- within 1 %: {within} of {len(answered)}",
+        f"- median error: {100 * median(errors):.4f} % (bar: 0.1 %)",
+        f"- largest error: {100 * max(errors):.3f} % (bar: 1 %)",
+        f"- median error of the tensors alone, without the allocator's rounding: "
+        f"{100 * median(abs(each.tensor_error) for each in answered):.4f} %",
+        f"- same peak moment: {moments} of {len(answered)}; two moments of the dry run that are "
+        "within 0.1 % of each other count as one",
+        "",
+        "| case | analytic [bytes] | dry run [bytes] | error | tensors alone | peak moment |",
+        "|---|---:|---:|---:|---:|---|",
+        *(f"| {_line(each)} |" for each in answered),
+        "",
+    ]
+    if refused:
+        lines += ["## Refused by both engines", "", "| case | reason |", "|---|---|"]
+        lines += [f"| {each.name} | {each.refused} |" for each in refused]
+        lines.append("")
+    if failed:
+        lines += ["## Answered by one engine only", "", "| case | reason |", "|---|---|"]
+        lines += [f"| {name} | {reason} |" for name, reason in failed]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _badness(each: Comparison) -> tuple[bool, float, str]:
+    return (each.same_moment, -abs(each.error), each.name)
+
+
+def _line(each: Comparison) -> str:
+    analytic, dry = each.moments
+    moment = analytic if each.same_moment else f"{analytic} / {dry} in the dry run"
+    return (
+        f"{each.name} | {each.analytic:,} | {each.dry_run:,} | {100 * each.error:+.4f} % | "
+        f"{100 * each.tensor_error:+.4f} % | {moment}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,80 @@
+"""Our answers beside the peaks that other people measured and published."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+
+from benchmarks.accuracy.comparison import answers, comparisons
+from benchmarks.accuracy.published import measured, out_of_memory
+from benchmarks.accuracy.report import PAGE, render, scored
+from estimator.units import GiB
+
+FOUND = comparisons(answers(measured()).answered)
+SCORED = scored(FOUND)
+
+# Lowered when an answer gets better, never raised to let a change pass.
+MEDIAN_BOUNDS = {("fms-main", "allocated"): 0.0005, ("fms-main", "device used"): 0.104}
+WORST_BOUNDS = {("fms-main", "allocated"): 0.045, ("fms-main", "device used"): 0.173}
+
+# `value_gib` of data/published/measured.jsonl, with the tolerance that each is held to.
+ALLOCATED_GIB = [
+    ("fms-main-mistral7b-full-none-bs4-1gpu", 67.46, 0.01),
+    ("fms-main-mistral7b-full-none-bs8-1gpu", 67.461, 0.01),
+    ("fms-main-mistral7b-lora-none-bs4-1gpu", 24.871, 0.001),
+    ("fms-main-mistral7b-lora-none-bs8-1gpu", 36.082, 0.001),
+    ("fms-main-mistral7b-qlora-accelerated-peft-bnb-bs4-1gpu", 15.249, 0.001),
+    ("fms-main-mistral7b-qlora-accelerated-peft-bnb-bs8-1gpu", 26.461, 0.001),
+    ("fms-main-llama2-70b-qlora-accelerated-peft-bnb-bs4-1gpu", 63.448, 0.01),
+]
+
+
+def allocated(name: str) -> int:
+    """Return our allocated peak of a published run [bytes]."""
+    (found,) = (each for each in FOUND if each.run.row.id == name and each.meter == "allocated")
+    return found.estimated.expected
+
+
+@pytest.mark.parametrize(("name", "measured_gib", "tolerance"), ALLOCATED_GIB)
+def test_the_allocated_peak_is_what_was_measured_on_an_a100(name, measured_gib, tolerance):
+    assert allocated(name) == pytest.approx(measured_gib * GiB, rel=tolerance)
+
+
+def test_a_token_of_lora_costs_the_734_720_bytes_that_were_measured():
+    small = allocated("fms-main-mistral7b-lora-none-bs4-1gpu")
+    large = allocated("fms-main-mistral7b-lora-none-bs8-1gpu")
+    assert (large - small) / (4 * 4096) == pytest.approx(734_720, rel=1e-4)
+
+
+def test_no_run_that_ran_out_of_memory_is_said_to_fit():
+    failed = answers(out_of_memory()).answered
+    assert len(failed) >= 7
+    assert [each.row.id for each in failed if each.result.verdict == "fits"] == []
+
+
+def test_no_run_that_was_measured_is_said_not_to_fit():
+    runs = answers(measured()).answered
+    assert [each.row.id for each in runs if each.result.verdict == "does_not_fit"] == []
+
+
+def test_every_scored_group_has_a_bound():
+    assert SCORED.keys() == MEDIAN_BOUNDS.keys() == WORST_BOUNDS.keys()
+
+
+@pytest.mark.parametrize("key", MEDIAN_BOUNDS)
+def test_the_error_of_a_group_does_not_grow(key):
+    errors = [abs(each.error) for each in SCORED[key]]
+    assert median(errors) <= MEDIAN_BOUNDS[key]
+    assert max(errors) <= WORST_BOUNDS[key]
+
+
+def test_every_published_row_is_either_answered_or_refused_with_a_reason():
+    for rows in (measured(), out_of_memory()):
+        outcome = answers(rows)
+        assert len(outcome.answered) + len(outcome.refused) == len(rows)
+        assert all(reason for _, reason in outcome.refused)
+
+
+def test_the_accuracy_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == render(), "run `python -m benchmarks.accuracy`"
