@@ -79,26 +79,33 @@ ALLOCATED: Final = Spread(
     ),
 )  # fmt: skip
 RESERVED: Final = Spread(
-    1.0, 1.03, 1.10,
+    0.97, 1.0, 1.08,
     Assumption(
-        "the caching allocator is taken to hold 3 % more than the peak of its tensors, 10 % at "
-        "most; no measurement on a GPU backs this yet"
+        "reserved bytes come from replaying the step through a model of the caching allocator, and "
+        "are taken to lie within -3 % and +8 % of it; no measurement on a GPU backs this yet"
+    ),
+)  # fmt: skip
+NEEDED: Final = Spread(
+    1.0, 1.0, 1.03,
+    Assumption(
+        "cached blocks are given back before a run fails; what cannot be given back is taken to "
+        "be 3 % of the allocated peak at most; no measurement on a GPU backs this yet"
     ),
 )  # fmt: skip
 
 
 def allocated_range(expected: int) -> Range:
     """Return the range of `max_memory_allocated` around its expected value."""
-    return Range(round(expected * ALLOCATED.low), expected, round(expected * ALLOCATED.high))
+    return _around(expected, ALLOCATED)
 
 
-def reserved_range(allocated: Range) -> Range:
-    """Return the range of `max_memory_reserved` from that of the allocated bytes."""
-    return Range(
-        round(allocated.low * RESERVED.low),
-        round(allocated.expected * RESERVED.expected),
-        round(allocated.high * RESERVED.high),
-    )
+def reserved_range(replayed: int) -> Range:
+    """Return the range of `max_memory_reserved` around what the replay gave."""
+    return _around(replayed, RESERVED)
+
+
+def _around(expected: int, spread: Spread) -> Range:
+    return Range(round(expected * spread.low), expected, round(expected * spread.high))
 
 
 def device_used_range(reserved: Range, constants: DeviceConstants, managed: int) -> Range:
@@ -112,4 +119,22 @@ def device_used_range(reserved: Range, constants: DeviceConstants, managed: int)
         reserved.low + context.low,
         reserved.expected + context.expected + managed,
         reserved.high + context.high + managed,
+    )
+
+
+def needed_range(allocated: int, constants: DeviceConstants) -> Range:
+    """Return the least device memory with which the run does not run out.
+
+    Cached blocks and managed memory give way under pressure, so they are not part of it.
+
+    Args:
+        allocated: the peak in whole blocks, each of the size that it would get from a fresh
+            segment [bytes].
+    """
+    context = constants.context
+    spread = _around(allocated, ALLOCATED)
+    return Range(
+        round(spread.low * NEEDED.low) + context.low,
+        round(spread.expected * NEEDED.expected) + context.expected,
+        round(spread.high * NEEDED.high) + context.high,
     )

@@ -45,7 +45,7 @@ def cached_config(model_id: str) -> dict[str, Any] | None:
     Layout: `models--ORG--NAME/refs/main` names the folder below `snapshots/`.
     None when this model's config was never downloaded here.
 
-    Source: huggingface_hub, "Understand caching" guide.
+    Source: hf-hub, layout of the cache.
     """
     if not is_model_id(model_id):
         return None

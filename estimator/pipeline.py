@@ -8,47 +8,33 @@ from functools import lru_cache
 from typing import Any
 
 from estimator import __version__
+from estimator.breakdown import Highest, View, assumptions, outside
 from estimator.calibration import (
-    ALLOCATED,
     HANDLES,
-    RESERVED,
     DeviceConstants,
     allocated_range,
     device_constants,
     device_used_range,
+    needed_range,
     reserved_range,
 )
 from estimator.catalog import Gpu
-from estimator.components import COMPONENTS, Component
 from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.allocator import charge
-from estimator.memory.ledger import Entry, Ledger, Row, constant_row
+from estimator.memory.ledger import Entry
+from estimator.memory.replay import Blocks, blocks
 from estimator.memory.standing import managed_bytes
 from estimator.memory.timeline import Moment, Step, compile_step
 from estimator.request import EstimateRequest
 from estimator.resolve import check_length, resolve
-from estimator.result import (
-    Capacity,
-    ComponentRows,
-    Limits,
-    MomentBytes,
-    Parameters,
-    Peak,
-    Range,
-    Result,
-    ResultRow,
-    RunnerUp,
-    Verdict,
-)
+from estimator.result import Capacity, Limits, Parameters, Peak, Range, Result, Verdict
 from estimator.run import Run
-from estimator.sources import Assumption, Cite
 from estimator.techniques.software import PROFILES
 from estimator.verdict import judge
 
 SORTED_EMBEDDING_TOKENS = 3072
 FUSED_4BIT_TOKENS = 1536
-_ROUNDING = Cite("torch-allocator", "round_size, get_allocation_size and should_split")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +47,14 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The peak at one micro-batch and length, before it becomes a document.
+    """The peak at one micro-batch and length, read off the polynomials.
 
     Args:
         moment: the highest moment.
-        runner_up: the highest of the moments with another name, and its bytes.
-        allocated: bytes of the peak, block rounding included.
+        allocated: its bytes in whole blocks, each of the size that a fresh segment would give.
     """
 
     moment: Moment
-    runner_up: tuple[str, int] | None
     allocated: int
 
 
@@ -90,6 +74,7 @@ class Engine:
             or (run.autocast is None and not run.spec.embeddings[0].dtype.is_half)
         )
         self._steps: dict[Regime, Step] = {}
+        self._replayed: tuple[tuple[int, int, int], Blocks] | None = None
 
     def step(self, micro_batch_size: int, seq_len: int) -> Step:
         """Return the moments of the step in the regime of this micro-batch and length."""
@@ -110,30 +95,24 @@ class Engine:
     def read(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Reading:
         """Return the peak at one micro-batch and length on one kind of device."""
         at = powers(micro_batch_size, seq_len)
-        highest: dict[str, tuple[int, Moment]] = {}
-        for moment in self.step(micro_batch_size, seq_len).moments:
-            size = moment.bytes_at(at)
-            if moment.name not in highest or size > highest[moment.name][0]:
-                highest[moment.name] = (size, moment)
-        ranked = sorted(highest.values(), key=lambda each: -each[0])
-        fixed = HANDLES * constants.cublas_workspace
-        top = ranked[0][1]
-        allocated = rounded_bytes(top, at) + fixed
-        runner_up = None
-        if len(ranked) > 1:
-            runner_up = (ranked[1][1].name, ranked[1][0] - ranked[0][0] + allocated)
-        return Reading(top, runner_up, allocated)
-
-    def device_used(self, allocated: int, constants: DeviceConstants) -> Range:
-        """Return what the driver shows as used when this much is allocated at the peak."""
-        reserved = reserved_range(allocated_range(allocated))
-        return device_used_range(reserved, constants, self.managed)
+        top = max(self.step(micro_batch_size, seq_len).moments, key=lambda each: each.bytes_at(at))
+        return Reading(top, rounded_bytes(top, at) + HANDLES * constants.cublas_workspace)
 
     def verdict(self, micro_batch_size: int, seq_len: int, device: Device) -> Verdict:
         """Return whether one micro-batch and length fits on a device."""
         reading = self.read(micro_batch_size, seq_len, device.constants)
-        used = self.device_used(reading.allocated, device.constants)
-        return judge(used, device.capacity.usable_bytes)
+        needed = needed_range(reading.allocated, device.constants)
+        return judge(needed, device.capacity.usable_bytes)
+
+    def blocks(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Blocks:
+        """Replay the run through the caching allocator; the latest replay is kept."""
+        key = (micro_batch_size, seq_len, constants.cublas_workspace)
+        if self._replayed is None or self._replayed[0] != key:
+            regime = self._regime(micro_batch_size, seq_len)
+            at = powers(micro_batch_size, seq_len)
+            found = blocks(self.run, regime, at, constants.cublas_workspace)
+            self._replayed = (key, found)
+        return self._replayed[1]
 
 
 def rounded_bytes(moment: Moment, at: Polynomial) -> int:
@@ -221,35 +200,42 @@ def answer(
     engine = engine_for(request, config, name)
     device = device_of(gpu, request)
     b, s = request.micro_batch_size, request.seq_len
-    reading = engine.read(b, s, device.constants)
-    used = engine.device_used(reading.allocated, device.constants)
-    allocated = allocated_range(reading.allocated)
+    needed = needed_range(engine.read(b, s, device.constants).allocated, device.constants)
+    replayed = engine.blocks(b, s, device.constants)
+    highest = tuple(
+        Highest(moment, replayed.rounding.get(moment.name, 0))
+        for moment in engine.step(b, s).highest(powers(b, s))
+    )
+    view = View(powers(b, s), (b, s), device.constants)
+    peak = max(highest, key=view.allocated)
+    allocated = allocated_range(view.allocated(peak))
+    reserved = reserved_range(max(replayed.reserved, allocated.expected))
     spec = engine.run.spec
-    trainable = spec.trainable_parameters()
     total = spec.total_parameters()
     return Result(
         schema="estimate/v1",
         engine="analytic",
         model=name,
-        verdict=judge(used, device.capacity.usable_bytes),
+        verdict=judge(needed, device.capacity.usable_bytes),
         message="",
         peak=Peak(
-            moment=reading.moment.name,
-            runner_up=_runner_up(reading),
+            moment=peak.moment.name,
+            runner_up=view.runner_up(highest, peak),
             allocated_bytes=allocated,
-            reserved_bytes=reserved_range(allocated),
-            device_used_bytes=used,
+            reserved_bytes=reserved,
+            device_used_bytes=device_used_range(reserved, device.constants, engine.managed),
+            needed_bytes=needed,
             host_bytes=Range(0, 0, 0),
         ),
         capacity=device.capacity,
-        breakdown=_breakdown(reading.moment, b, s, device.constants),
-        outside=_outside(engine, reading, device.constants),
-        timeline=_timeline(engine.step(b, s), b, s, device.constants),
-        parameters=Parameters(total=total, trainable=trainable, active=total),
+        breakdown=view.breakdown(peak),
+        outside=outside(allocated, reserved, device.constants, engine.managed),
+        timeline=view.timeline(highest),
+        parameters=Parameters(total=total, trainable=spec.trainable_parameters(), active=total),
         limits=Limits(None, None, None, None),
         suggestions=(),
         request=request.model_dump(mode="json"),
-        assumptions=_assumptions(reading.moment, device.constants),
+        assumptions=assumptions(peak.moment, device.constants),
         notes=(*spec.notes, *_defaults(request)),
         not_modelled=(*NOT_MODELLED, *PROFILES[request.software.version].not_modelled),
         versions={"vramplan": __version__, "modelled stack": MODELLED_STACK},
@@ -257,150 +243,7 @@ def answer(
 
 
 MODELLED_STACK = "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2"
-NOT_MODELLED = (
-    "host memory",
-    "evaluation, saving and merging",
-    "fragmentation of the caching allocator beyond the stated spread",
-)
-
-
-def _runner_up(reading: Reading) -> RunnerUp | None:
-    if reading.runner_up is None:
-        return None
-    name, size = reading.runner_up
-    return RunnerUp(name, max(0, reading.allocated - size))
-
-
-def _overhead(moment: Moment, at: Polynomial, constants: DeviceConstants) -> tuple[Entry, Entry]:
-    """Return the library workspaces and the block rounding of a moment."""
-    workspace = constants.cublas_workspace
-    return (
-        Entry(
-            constant_row(
-                "cuBLAS workspace", "workspace", "process", workspace, f"{workspace} B",
-                constants.cublas_source,
-            ),
-            HANDLES,
-        ),
-        Entry(
-            constant_row(
-                "allocator rounding", "runtime", "process",
-                rounded_bytes(moment, at) - moment.bytes_at(at),
-                "blocks handed out - bytes requested", _ROUNDING,
-            ),
-            1,
-        ),
-    )  # fmt: skip
-
-
-def _breakdown(
-    moment: Moment, b: int, s: int, constants: DeviceConstants
-) -> tuple[ComponentRows, ...]:
-    """Return the rows that are alive at a moment by component, largest first."""
-    at = powers(b, s)
-    rows: dict[str, list[ResultRow]] = {}
-    for entry in _merged(moment.alive.plus(*_overhead(moment, at, constants))):
-        row, size = entry.row, entry_size(entry, at)
-        if size == 0:
-            continue
-        rows.setdefault(row.component, []).append(
-            ResultRow(
-                name=row.name,
-                site=row.site,
-                count=entry.count,
-                bytes=size * entry.count,
-                formula=_with_numbers(row.formula, entry.count, b, s),
-                source=str(row.source),
-                basis=row.basis,
-            )
-        )
-    return tuple(
-        ComponentRows(
-            component,
-            sum(each.bytes for each in rows[component]),
-            tuple(sorted(rows[component], key=lambda each: (-each.bytes, each.name, each.site))),
-        )
-        for component in COMPONENTS
-        if component in rows
-    )
-
-
-def _merged(ledger: Ledger) -> list[Entry]:
-    """Add up the entries of one row: the first, the inner and the last layers hold the same."""
-    counts: dict[Row, int] = {}
-    for each in ledger.entries:
-        counts[each.row] = counts.get(each.row, 0) + each.count
-    return [Entry(row, count) for row, count in counts.items() if count]
-
-
-def _with_numbers(formula: str, count: int, b: int, s: int) -> str:
-    """Put the request's numbers into a row's formula.
-
-    Example:
-        >>> _with_numbers("[b, s, h=4096] x 2 B", 32, 4, 2048)
-        '32 x [b=4, s=2048, h=4096] x 2 B'
-    """
-    filled = formula
-    for letter, value in (("b", b), ("s", s)):
-        for before, after in (("[", ","), ("[", "]"), (" ", ","), (" ", "]")):
-            filled = filled.replace(f"{before}{letter}{after}", f"{before}{letter}={value}{after}")
-    return f"{count} x {filled}" if count != 1 else filled
-
-
-def _outside(engine: Engine, reading: Reading, constants: DeviceConstants) -> tuple[ResultRow, ...]:
-    """Return what lies between the allocated bytes and what the driver shows as used."""
-    allocated = allocated_range(reading.allocated)
-    cached = reserved_range(allocated).expected - allocated.expected
-    reserved = str(RESERVED.reason)
-    rows = [
-        ResultRow(
-            "reserved by the allocator, not allocated", "process", 1, cached,
-            f"{RESERVED.expected - 1:.0%} of the allocated peak", reserved, "assumed",
-        ),
-        ResultRow(
-            "CUDA context and loaded kernels", "process", 1, constants.context.expected,
-            "constant of the architecture", str(constants.context_source), "assumed",
-        ),
-    ]  # fmt: skip
-    if engine.managed:
-        rows.append(
-            ResultRow(
-                "paged optimizer states", "process", 1, engine.managed,
-                "CUDA managed memory", "bitsandbytes: optim/optimizer.py, get_state_buffer",
-                "formula",
-            )
-        )  # fmt: skip
-    return tuple(rows)
-
-
-def _timeline(step: Step, b: int, s: int, constants: DeviceConstants) -> tuple[MomentBytes, ...]:
-    """Return the highest instant of each named moment, in the order of time."""
-    at = powers(b, s)
-    highest: dict[str, Moment] = {}
-    for moment in step.moments:
-        known = highest.get(moment.name)
-        if known is None or moment.bytes_at(at) > known.bytes_at(at):
-            highest[moment.name] = moment
-    timeline = []
-    for name, moment in highest.items():
-        components: dict[Component, int] = dict.fromkeys(COMPONENTS, 0)
-        components.update(moment.standing.constant_components)
-        for entry in (*moment.passing.entries, *_overhead(moment, at, constants)):
-            components[entry.row.component] += entry_size(entry, at) * entry.count
-        shown: dict[str, int] = {key: size for key, size in components.items() if size}
-        timeline.append(MomentBytes(name, sum(shown.values()), shown))
-    return tuple(timeline)
-
-
-def _assumptions(moment: Moment, constants: DeviceConstants) -> tuple[str, ...]:
-    """Return the reason behind every number that has no source."""
-    reasons = [ALLOCATED.reason.reason, RESERVED.reason.reason, constants.context_source.reason]
-    reasons += [
-        each.row.source.reason
-        for each in moment.alive.entries
-        if isinstance(each.row.source, Assumption)
-    ]
-    return tuple(dict.fromkeys(reasons))
+NOT_MODELLED = ("host memory", "evaluation, saving and merging")
 
 
 def _defaults(request: EstimateRequest) -> tuple[str, ...]:

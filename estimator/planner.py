@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from estimator.calibration import needed_range
 from estimator.catalog import Gpu, gpus
 from estimator.errors import EstimatorError
 from estimator.pipeline import Device, Engine, device_of, engine_for
@@ -90,8 +91,8 @@ def _smallest_gpu(engine: Engine, request: EstimateRequest) -> str | None:
         workspace = constants.cublas_workspace
         if workspace not in readings:
             readings[workspace] = engine.read(b, s, constants).allocated
-        used = engine.device_used(readings[workspace], constants)
-        if judge(used, gpu.usable_bytes) == "fits":
+        needed = needed_range(readings[workspace], constants)
+        if judge(needed, gpu.usable_bytes) == "fits":
             return gpu.key
     return None
 
@@ -157,7 +158,7 @@ def _cheapest_that_fits(each: Suggestion) -> tuple[int, int, int]:
 
 
 def _used(question: Question, request: EstimateRequest | None) -> tuple[int, Verdict] | None:
-    """Return the expected device memory and the verdict of a request, None where it is refused."""
+    """Return the memory that is needed and the verdict of a request, None where it is refused."""
     if request is None:
         return None
     try:
@@ -166,8 +167,8 @@ def _used(question: Question, request: EstimateRequest | None) -> tuple[int, Ver
         return None
     device = device_of(question.gpu, request)
     reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
-    used = engine.device_used(reading.allocated, device.constants)
-    return used.expected, judge(used, device.capacity.usable_bytes)
+    needed = needed_range(reading.allocated, device.constants)
+    return needed.expected, judge(needed, device.capacity.usable_bytes)
 
 
 def _changed(request: EstimateRequest, fields: dict[str, Any]) -> EstimateRequest | None:

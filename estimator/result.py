@@ -74,13 +74,23 @@ class RunnerUp:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The highest moment of the step, in the four quantities that are never mixed."""
+    """The highest moment of the step, in quantities that are never mixed.
+
+    Args:
+        allocated_bytes: what `torch.cuda.max_memory_allocated` reads.
+        reserved_bytes: what `torch.cuda.max_memory_reserved` reads.
+        device_used_bytes: what the driver shows: reserved, CUDA context, managed memory.
+        needed_bytes: the least device memory with which the run does not run out; the verdict
+            compares it with the capacity, because cached blocks are given back under pressure.
+        host_bytes: host memory of the process.
+    """
 
     moment: str
     runner_up: RunnerUp | None
     allocated_bytes: Range
     reserved_bytes: Range
     device_used_bytes: Range
+    needed_bytes: Range
     host_bytes: Range
 
 

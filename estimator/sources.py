@@ -60,8 +60,8 @@ SOURCES: Final[dict[str, Source]] = {
     ),
     "torch-sdpa": Source(
         "code",
-        "PyTorch 2.13.0, scaled dot product attention on CUDA",
-        f"{_TORCH}/aten/src/ATen/native/transformers/cuda",
+        "PyTorch 2.13.0, scaled dot product attention",
+        f"{_TORCH}/aten/src/ATen/native/transformers",
     ),
     "torch-embedding": Source(
         "code",
@@ -74,6 +74,11 @@ SOURCES: Final[dict[str, Source]] = {
         "PyTorch 2.13.0, CUDA caching allocator",
         f"{_TORCH}/c10/cuda/CUDACachingAllocator.cpp",
     ),
+    "torch-caching-allocator": Source(
+        "code",
+        "PyTorch at commit 001074d25084, CUDA caching allocator, as replayed block by block",
+        "https://github.com/pytorch/pytorch/blob/001074d25084/c10/cuda/CUDACachingAllocator.cpp",
+    ),
     "torch-cublas": Source(
         "code",
         "PyTorch 2.13.0, cuBLAS handles and workspaces",
@@ -81,6 +86,9 @@ SOURCES: Final[dict[str, Source]] = {
     ),
     "hf-modeling": Source(
         "code", "transformers 5.23.0, model classes", f"{_HF}/src/transformers/models"
+    ),
+    "hf-library": Source(
+        "code", "transformers 5.23.0, activations and layers", f"{_HF}/src/transformers"
     ),
     "hf-loading": Source(
         "code",
@@ -97,6 +105,11 @@ SOURCES: Final[dict[str, Source]] = {
         "transformers 5.23.0, attention masks",
         f"{_HF}/src/transformers/masking_utils.py",
     ),
+    "hf-hub": Source(
+        "code",
+        "huggingface_hub, guide: understand caching",
+        "https://huggingface.co/docs/huggingface_hub/guides/manage-cache",
+    ),
     "hf-optimization": Source(
         "code", "transformers 5.23.0, Adafactor", f"{_HF}/src/transformers/optimization.py"
     ),
@@ -110,8 +123,8 @@ SOURCES: Final[dict[str, Source]] = {
     ),
     "peft": Source(
         "code",
-        "PEFT 0.21.2, adapter layers",
-        "https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners",
+        "PEFT 0.21.2, adapter layers and model preparation",
+        "https://github.com/huggingface/peft/blob/v0.21.2/src/peft",
     ),
     "bitsandbytes": Source(
         "code",

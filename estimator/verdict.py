@@ -6,7 +6,7 @@ from estimator.result import Capacity, Peak, Range, Suggestion, Verdict
 from estimator.units import gib
 
 
-def judge(device_used: Range, usable_bytes: int | None) -> Verdict:
+def judge(needed: Range, usable_bytes: int | None) -> Verdict:
     """Return whether a run fits: certainly, maybe, or not at all.
 
     `fits` needs the high end of the range to fit, `does_not_fit` the low end not to; between the
@@ -14,17 +14,17 @@ def judge(device_used: Range, usable_bytes: int | None) -> Verdict:
     """
     if usable_bytes is None:
         return "unknown"
-    if device_used.high <= usable_bytes:
+    if needed.high <= usable_bytes:
         return "fits"
-    return "does_not_fit" if device_used.low > usable_bytes else "tight"
+    return "does_not_fit" if needed.low > usable_bytes else "tight"
 
 
 def sentence(
     verdict: Verdict, peak: Peak, capacity: Capacity, suggestions: tuple[Suggestion, ...]
 ) -> str:
     """Return the answer in one breath: the need, the offer, the moment, the cheapest fix."""
-    used = peak.device_used_bytes
-    need = f"{gib(used.low)} to {gib(used.high)} of device memory"
+    needed = peak.needed_bytes
+    need = f"{gib(needed.low)} to {gib(needed.high)} of device memory"
     when = f"the peak is the moment {peak.moment!r}"
     if capacity.usable_bytes is None:
         return f"Needs {need}; {when}. Not judged: {capacity.source}."

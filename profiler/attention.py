@@ -8,6 +8,7 @@ fp32 attention with `enable_gqa=True` runs the quadratic math kernel.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, Literal
 
 Backend = Literal["flash", "efficient", "math"]
@@ -60,9 +61,7 @@ def scaled_dot_product_attention(
         return aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
         )[0]
-    return aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-    )[0]
+    return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def choose_backend(
@@ -152,6 +151,46 @@ def _gemm_alignment(compute_capability: tuple[int, int], element_bytes: int) -> 
     return max(alignment, 16 // element_bytes) if tensor_cores else alignment
 
 
+def _math(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Any:
+    """Follow `_scaled_dot_product_attention_math`, which computes in fp32.
+
+    Written out here because the C++ function adds the mask out of place under a dispatch mode.
+    """
+    import torch
+
+    aten, dtype = torch.ops.aten, query.dtype
+    scaling = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
+    query, key, value = query.float(), key.float(), value.float()
+    query = aten.mul.Scalar(query, scaling)
+    if is_causal:
+        lower = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        attn_mask = _additive(lower, query.dtype)
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+    scores = torch.matmul(query, aten.mul.Scalar(key.transpose(-2, -1), scaling))
+    if attn_mask is not None:
+        scores.add_(attn_mask)
+    probabilities = aten._safe_softmax(scores, -1)
+    del scores
+    if dropout_p > 0.0:
+        probabilities = aten.dropout(probabilities, dropout_p, True)
+    # The second result of the C++ function, which lives until it returns.
+    weights = probabilities.to(dtype)
+    out = torch.matmul(probabilities, value).to(dtype)
+    del weights
+    return out
+
+
 def _additive(mask: Any, dtype: Any) -> Any:
     """Follow `convert_boolean_attn_mask`: 0 where attended, -inf elsewhere, in query's dtype."""
     import torch
@@ -168,13 +207,10 @@ def _padded(tensor: Any, alignment: int) -> Any:
 
 
 def _aligned_mask(mask: Any, query: Any, key: Any) -> Any:
-    """Follow `preprocess_mask`: padded to a multiple of 8 keys, sliced back, and expanded."""
+    """Follow `preprocess_mask`: padded and sliced back where rows are not aligned to 8 elements."""
     import torch
 
-    width = mask.shape[-1]
-    aligned = all(
-        stride % 8 == 0 for stride, size in zip(mask.stride()[:-1], mask.shape[:-1]) if size > 1
-    )
-    if width % 8 or not aligned or mask.stride(-1) != 1:
-        mask = torch.nn.functional.pad(mask, (0, -width % 8))[..., :width]
+    if mask.stride(-1) != 1 or any(stride % 8 for stride in mask.stride()[:-1]):
+        width = mask.shape[-1]
+        mask = torch.nn.functional.pad(mask, (0, 8 - width % 8))[..., :width]
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])

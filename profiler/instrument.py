@@ -13,7 +13,7 @@ import re
 import sys
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from estimator.components import Component
 from profiler import trace
+from profiler.cuda_kernels import Kernels
 from profiler.known_values import KnownValues
 from profiler.workspaces import Workspaces
 
@@ -108,6 +109,8 @@ class Meter(TorchDispatchMode):
         self._workspaces = workspaces
         self._in_place = in_place_accumulation
         self._known = KnownValues()
+        self._kernels = Kernels(self._on_host) if workspaces is not None else None
+        self._host: set[int] = set()
         self._records: list[_Record] = []
         self._events: list[trace.Event] = []
         self._deaths: dict[int, _Death] = {}
@@ -306,7 +309,8 @@ class Meter(TorchDispatchMode):
             known = self._known.scalar(func, args)
             if known is not None:
                 return known
-            out = func(*args, **kwargs)
+            kernel = self._kernels.get(func) if self._kernels is not None else func
+            out = kernel(*args, **kwargs)
             self._known.follow(func, args, kwargs, out)
         self._born(func, args, out, path, layer)
         return out
@@ -351,8 +355,7 @@ class Meter(TorchDispatchMode):
         if func is _ADD and not torch.is_grad_enabled():
             self._remember_parents(args, out)
         if self._workspaces is not None:
-            for operator, size in self._workspaces.of(func, args, out):
-                self._transient(operator, size, path, layer)
+            self._transients(self._workspaces.of(func, args, out), path, layer)
             self._cublas_workspace(func)
 
     def _owner_of(self, value: Any) -> tuple[str, int | None]:
@@ -386,6 +389,10 @@ class Meter(TorchDispatchMode):
     ) -> None:
         storage = tensor.untyped_storage()
         size = storage.nbytes()
+        if storage._cdata in self._host:
+            # Addresses are used again, so a host tensor is known only until it is seen.
+            self._host.discard(storage._cdata)
+            return
         if size == 0 or storage._cdata in self._index:
             return
         index = len(self._records)
@@ -415,23 +422,34 @@ class Meter(TorchDispatchMode):
     def _record_event(self, index: int, *, is_alloc: bool) -> None:
         self._events.append(trace.Event(index, is_alloc, self._phase, self._layer))
 
-    def _transient(self, operator: str, size: int, path: str, layer: int | None) -> None:
-        """Record a buffer that a kernel takes and gives back before it returns."""
-        index = len(self._records)
-        self._records.append(
-            _Record(
-                size=size,
-                dtype="uint8",
-                shape=(size,),
-                phase=self._phase,
-                module=self._shown(path, layer),
-                layer=layer,
-                operator=operator,
-                component="workspace",
-            )
+    def _transients(
+        self, buffers: Iterable[tuple[str, int]], path: str, layer: int | None
+    ) -> None:
+        """Record the buffers that a kernel takes together and gives back before it returns."""
+        born = []
+        for operator, size in buffers:
+            born.append(len(self._records))
+            self._records.append(self._workspace(operator, size, path, layer))
+            self._record_event(born[-1], is_alloc=True)
+        for index in born:
+            self._record_event(index, is_alloc=False)
+
+    def _workspace(self, operator: str, size: int, path: str, layer: int | None) -> _Record:
+        return _Record(
+            size=size,
+            dtype="uint8",
+            shape=(size,),
+            phase=self._phase,
+            module=self._shown(path, layer),
+            layer=layer,
+            operator=operator,
+            component="workspace",
         )
-        self._record_event(index, is_alloc=True)
-        self._record_event(index, is_alloc=False)
+
+    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Leave a result out of the count: CUDA's kernel puts it into host memory."""
+        self._host.add(tensor.untyped_storage()._cdata)
+        return tensor
 
     def _cublas_workspace(self, func: Any) -> None:
         """Record cuBLAS's workspace at the first product of the main and the backward thread."""
@@ -441,19 +459,8 @@ class Meter(TorchDispatchMode):
             return
         self._cublas.add(thread)
         index = len(self._records)
-        size = self._workspaces.cublas_bytes
-        self._records.append(
-            _Record(
-                size=size,
-                dtype="uint8",
-                shape=(size,),
-                phase=self._phase,
-                module="",
-                layer=None,
-                operator=f"cuBLAS handle of the {thread} thread",
-                component="workspace",
-            )
-        )
+        handle = f"cuBLAS handle of the {thread} thread"
+        self._records.append(self._workspace(handle, self._workspaces.cublas_bytes, "", None))
         self._events.append(trace.Event(index, True, self._phase, None))
 
     def _gradient(self, gradient: torch.Tensor) -> None:

@@ -41,27 +41,30 @@ class KnownValues:
         """Compute the real twin of an operator's result where all of its inputs have one."""
         if not isinstance(out, FakeTensor) or out.dtype not in _EXACT:
             return
-        if out.numel() > _MAX_ELEMENTS:
-            return
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        if any(value not in self._twins for value in tensors):
-            return
-        if any(isinstance(value, (list, tuple)) and _holds_tensor(value) for value in args):
+        values = [*args, *kwargs.values()]
+        known = out.numel() <= _MAX_ELEMENTS and all(map(self._is_known, values))
+        if not known:
+            # An operator in place overwrites what was known.
+            self._twins.pop(out, None)
             return
         with unset_fake_temporarily():
-            twin = func(
-                *(self._twins.get(value, value) if _is_tensor(value) else value for value in args),
-                **{
-                    key: self._twins.get(value, value) if _is_tensor(value) else value
-                    for key, value in kwargs.items()
-                },
+            self._twins[out] = func(
+                *map(self._twin, args), **{key: self._twin(value) for key, value in kwargs.items()}
             )
-        self._twins[out] = twin
 
+    def _is_known(self, value: Any) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(map(self._is_known, value))
+        return not isinstance(value, torch.Tensor) or self._twin(value) is not value
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _holds_tensor(values: Any) -> bool:
-    return any(_is_tensor(value) for value in values)
+    def _twin(self, value: Any) -> Any:
+        """Return the real twin of a fake tensor, and anything else as it is."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._twin, value))
+        if not isinstance(value, FakeTensor):
+            return value
+        twin = self._twins.get(value)
+        if twin is None:
+            # A constant in the model's code, such as a padding value, carries its own.
+            twin = value.constant
+        return value if twin is None else twin

@@ -94,14 +94,22 @@ def _kind(layer: Any) -> Hashable:
 
 
 def shortening(layer_kinds: Sequence[Hashable]) -> Shortening:
-    """Return how the stack may be shortened; one without repetition is left whole."""
+    """Return how the stack may be shortened; one without repetition is left whole.
+
+    Example:
+        >>> shortening("sssssf" * 10 + "ss")
+        Shortening(num_layers=62, period=6, head=7, num_traced=20)
+    """
     total = len(layer_kinds)
     best = Shortening(num_layers=total, period=1, head=total, num_traced=total)
     for period in range(1, min(_MAX_PERIOD, total) + 1):
         first = total - period
         while first > 0 and layer_kinds[first - 1] == layer_kinds[first - 1 + period]:
             first -= 1
-        candidate = Shortening.of(total, period=period, irregular=max(1, first))
+        # The first layer of each kind is irregular: its backward is the last to use what layers of
+        # that kind share, such as rotary tables, and frees it.
+        seen = 1 + max(layer_kinds.index(kind) for kind in layer_kinds[first:])
+        candidate = Shortening.of(total, period=period, irregular=max(seen, first))
         if candidate.num_traced < best.num_traced:
             best = candidate
     return best

@@ -59,8 +59,8 @@ class Shortening:
         Example:
             >>> Shortening.of(80, period=1).num_traced
             5
-            >>> Shortening.of(26, period=6).num_traced
-            14
+            >>> Shortening.of(26, period=6, irregular=6).num_traced
+            20
             >>> Shortening.of(4, period=1).num_traced
             4
         """

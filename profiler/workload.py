@@ -217,7 +217,7 @@ def batch(request: EstimateRequest, device: str) -> dict[str, Any]:
     shape = (request.micro_batch_size, request.seq_len)
     inputs = {name: torch.ones(shape, dtype=torch.int64, device=device) for name in _MODEL_INPUTS}
     if request.padding:
-        inputs["attention_mask"][-1, -1] = 0
+        inputs["attention_mask"][-1, -1:].fill_(0)
     return inputs
 
 

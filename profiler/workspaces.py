@@ -20,6 +20,7 @@ aten = torch.ops.aten
 # one kernel adds rows without sorting them.
 _EMBEDDING_SORT_ABOVE: Final = 3072
 _FLASH_ROUND: Final = 128
+_EFFICIENT_REGISTER_WIDTH: Final = 128
 
 _MATMULS: Final = frozenset(
     {
@@ -79,6 +80,53 @@ def flash_backward(args: tuple[Any, ...], _: Any) -> Buffers:
         yield "dv_expanded", expanded
 
 
+def efficient_forward(args: tuple[Any, ...], out: Any) -> Buffers:
+    """Bytes that memory-efficient attention accumulates its output in, where registers are full.
+
+    Shapes:
+        output accumulator, for 16-bit values wider than 128   [b, S, H, d]   fp32
+
+    Source: mem_eff_attention/kernel_forward.h, kNeedsOutputAccumulatorBuffer; the kernels with at
+    most 128 columns keep their output in registers.
+    """
+    value, result = args[2], out[0]
+    if value.element_size() == 2 and value.shape[-1] > _EFFICIENT_REGISTER_WIDTH:
+        yield "output accumulator", 4 * result.numel()
+
+
+def efficient_backward(args: tuple[Any, ...], _: Any) -> Buffers:
+    """Bytes that one memory-efficient attention backward takes beside its gradients.
+
+    Shapes:
+        delta             [b, H, S]        fp32
+        product of grad_out and out, for fp32 inputs   [b, S, H, d]   fp32
+        dq accumulator    [b, H, S128, d64]   fp32
+
+    Source: cuda/attention_backward.cu, _efficient_attention_backward (delta), and
+    mem_eff_attention/kernel_backward.h, workspace_elements_gq (kEnableSplitKeys).
+    """
+    query, value = args[1], args[3]
+    batch, heads, seq_len, head_dim = query.shape
+    yield "delta", 4 * batch * heads * seq_len
+    if query.element_size() == 4:
+        yield "grad_out x out", 4 * batch * heads * seq_len * value.shape[-1]
+    rows, columns = round_up(seq_len, _FLASH_ROUND), round_up(head_dim, 64)
+    yield "dq accumulator", 4 * batch * heads * rows * columns
+
+
+def safe_softmax(args: tuple[Any, ...], out: Any) -> Buffers:
+    """Bytes that the softmax of the math attention kernel takes beside its result.
+
+    Shapes:
+        softmax before fully masked rows are zeroed   as the result
+        test of each score against -inf               as the result, 1 byte
+
+    Source: aten/src/ATen/native/transformers/attention.cpp, _safe_softmax.
+    """
+    yield "softmax before zeroing", out.numel() * out.element_size()
+    yield "scores that are -inf", out.numel()
+
+
 def embedding_backward(args: tuple[Any, ...], _: Any) -> Buffers:
     """Bytes that the backward of one embedding takes beside its gradient.
 
@@ -98,5 +146,8 @@ def embedding_backward(args: tuple[Any, ...], _: Any) -> Buffers:
 
 _TABLE: Final[dict[Any, Callable[[tuple[Any, ...], Any], Buffers]]] = {
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten._scaled_dot_product_efficient_attention.default: efficient_forward,
+    aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
+    aten._safe_softmax.default: safe_softmax,
     aten.embedding_dense_backward.default: embedding_backward,
 }

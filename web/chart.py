@@ -93,9 +93,9 @@ def peak_chart(result: Result) -> Chart:
     """Return the peak as one bar, with what lies outside the tensors, against the card's memory."""
     parts: dict[str, int] = {part.component: part.bytes for part in result.breakdown}
     parts[OUTSIDE] = sum(row.bytes for row in result.outside)
-    used = result.peak.device_used_bytes
+    needed = result.peak.needed_bytes
     usable = result.capacity.usable_bytes
-    scale = round(max(used.high, usable or 0, sum(parts.values()), 1) * _MARGIN)
+    scale = round(max(needed.high, usable or 0, sum(parts.values()), 1) * _MARGIN)
     capacity = None
     if usable is not None:
         capacity = _mark(f"usable: {gib(usable)}", usable, scale)
@@ -105,8 +105,8 @@ def peak_chart(result: Result) -> Chart:
         bars=(_bar(result.peak.moment, parts, scale, is_peak=True),),
         ticks=_ticks(scale),
         capacity=capacity,
-        low=_mark(f"low: {gib(used.low)}", used.low, scale),
-        high=_mark(f"high: {gib(used.high)}", used.high, scale),
+        low=_mark(f"needed, low: {gib(needed.low)}", needed.low, scale),
+        high=_mark(f"needed, high: {gib(needed.high)}", needed.high, scale),
     )
 
 

@@ -209,9 +209,9 @@ def _verdicts(rows: Answers, failures: Answers) -> Iterator[str]:
 
 
 def _failure(run: Answered) -> str:
-    used, usable = run.result.peak.device_used_bytes, run.result.capacity.usable_bytes
+    needed, usable = run.result.peak.needed_bytes, run.result.capacity.usable_bytes
     offers = gib(usable) if usable is not None else "not known"
     return (
         f"| {run.row.id} | {run.row.model} | {recipe(run.request)} | {run.row.gpu} | "
-        f"{gib(used.low)} to {gib(used.high)} | {offers} | {run.result.verdict} |"
+        f"{gib(needed.low)} to {gib(needed.high)} | {offers} | {run.result.verdict} |"
     )

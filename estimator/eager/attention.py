@@ -11,6 +11,7 @@ from estimator.eager.ops import F32, Grads, Out
 from estimator.eager.size import BATCH, ONE, SEQ, Dim, Shape, dim
 from estimator.eager.tensor import Node, Tensor
 from estimator.sources import Cite
+from estimator.units import round_up
 
 _SDPA: Final = Cite("torch-derivatives", "_scaled_dot_product_flash_attention")
 _FLASH: Final = Cite("flash-attention", "mha_bwd")
@@ -109,7 +110,8 @@ def efficient(
         saved: mask           [b, 1, s, s]  width of the query
         saved: log-sum-exp    [b, H, s]     4 bytes
 
-    Source: torch-derivatives, _scaled_dot_product_efficient_attention; torch-sdpa, attention.cu.
+    Source: torch-derivatives, _scaled_dot_product_efficient_attention; torch-sdpa,
+    cuda/attention.cu.
     """
     source = Cite("torch-derivatives", "_scaled_dot_product_efficient_attention")
     q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
@@ -119,19 +121,40 @@ def efficient(
     lse = q.tape.new("log-sum-exp", (BATCH, heads.query, SEQ), F32, source)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        delta = node.scratch("delta", (BATCH, heads.query, SEQ), F32, source, "workspace")
+        workspace = _efficient_workspace(node, heads)
         into = _gradients(node, source)
-        del delta
+        workspace.clear()
         return into
 
     q.tape.record("attention", (q, k, v), (q, k, v, bias, out, lse), rule, out)
     return out
 
 
+def _efficient_workspace(node: Node, heads: Heads) -> list[Tensor]:
+    """Temporaries that the backward kernel allocates beside its gradients.
+
+    Shapes:
+        delta           [b, H, s]       4 bytes
+        dq accumulator  [b, H, s, d64]  4 bytes; d64 is the head width rounded up to 64
+
+    Valid for: lengths that are a multiple of 128; others are rounded up.
+    Source: torch-sdpa, cuda/attention_backward.cu, _efficient_attention_backward;
+    cuda/mem_eff_attention/kernel_backward.h, workspace_elements_gq.
+    """
+    source = Cite("torch-sdpa", "cuda/mem_eff_attention/kernel_backward.h, workspace_size")
+    columns = dim("d64", round_up(heads.width.value, 64))
+    return [
+        node.scratch("delta", (BATCH, heads.query, SEQ), F32, source, "workspace"),
+        node.scratch(
+            "dq accumulator", (BATCH, heads.query, SEQ, columns), F32, source, "workspace"
+        ),
+    ]
+
+
 def math_causal(q: Tensor, k: Tensor, v: Tensor, heads: Heads, p: float = 0.0) -> Tensor:
     """SDPA's fallback in plain operators: fp32 inputs with grouped heads have no fused kernel.
 
-    Source: torch-sdpa, attention.cpp, _scaled_dot_product_attention_math; sdp_utils.cpp admits
+    Source: torch-sdpa, attention.cpp, _scaled_dot_product_attention_math; cuda/sdp_utils.cpp admits
     grouped heads to FlashAttention only, which takes no fp32.
     """
     source = Cite("torch-sdpa", "attention.cpp, _scaled_dot_product_attention_math")
@@ -226,12 +249,15 @@ def eager(
     *,
     softcap: bool = False,
     softmax_dtype: DType | None = F32,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention in separate operators, as transformers' `eager_attention_forward` writes it.
 
     Args:
         softcap: Gemma 2 bends the scores with tanh.
         softmax_dtype: what the scores are cast to for the softmax; GPT-2 leaves them as they are.
+
+    Returns:
+        The output, and the attention weights: a name in the layer's forward keeps these alive.
 
     Source: hf-modeling, llama/modeling_llama.py, gemma2/modeling_gemma2.py and
     gpt2/modeling_gpt2.py, eager_attention_forward.
@@ -247,7 +273,7 @@ def eager(
     weights = ops.cast(ops.softmax(weights, softmax_dtype), q.dtype)
     weights = ops.dropout(weights, p)
     shape = (BATCH, heads.query, SEQ, heads.width)
-    return ops.matmul(weights, values, shape, "attention output")
+    return ops.matmul(weights, values, shape, "attention output"), weights
 
 
 def heads(query: int, key_value: int, width: int) -> Heads:

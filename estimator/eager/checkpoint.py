@@ -94,5 +94,8 @@ class _Holder(Packed):
     def unpack(self) -> Tensor:
         if not self.frame.recomputed:
             self.frame.recompute()
-        assert self.tensor is not None
-        return self.tensor
+        # Each is handed out once and kept no longer, so it dies before the node's gradients are
+        # summed and cast (unpack_hook).
+        tensor, self.tensor = self.tensor, None
+        assert tensor is not None
+        return tensor

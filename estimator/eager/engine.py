@@ -114,6 +114,7 @@ def _deliver(edge: Edge, moved: list[Tensor | None], buffers: Buffers) -> None:
         old = buffer[edge.output]
         assert old is not None
         buffer[edge.output] = _sum(edge, old)
+    moved.clear()
 
 
 def _sum(edge: Edge, old: Tensor) -> Tensor:

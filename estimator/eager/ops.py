@@ -83,14 +83,15 @@ def autocast_weight(tape: Tape, weight: Param, *, caches: bool = True) -> Operan
 # -- elementwise -------------------------------------------------------------------------------
 
 
-def unary(x: Tensor, name: str, *, keeps: str, scratch: int = 0) -> Tensor:
+def unary(x: Tensor, name: str, *, keeps: str, scratch: int = 0, operator: str = "") -> Tensor:
     """An elementwise function of one tensor.
 
     Args:
         keeps: what backward reads: `input`, `output` or `nothing`.
         scratch: temporaries of the input's size that its backward holds beside the result.
+        operator: what derivatives.yaml calls it, where that is not `name`.
     """
-    out = x.tape.new(name, x.shape, x.dtype, _derivative(name))
+    out = x.tape.new(name, x.shape, x.dtype, _derivative(operator or name))
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         held = [node.scratch("temporary", *node.meta_of(0)) for _ in range(scratch)]
@@ -130,12 +131,12 @@ def neg(x: Tensor) -> Tensor:
 
 def scale(x: Tensor, name: str = "mul by a number") -> Tensor:
     """Multiply or divide by a number; saves nothing."""
-    return unary(x, name, keeps="nothing")
+    return unary(x, name, keeps="nothing", operator="mul.Tensor")
 
 
 def shift(x: Tensor, name: str = "add a number") -> Tensor:
     """Add a number; saves nothing, and its backward passes the gradient on."""
-    out = x.tape.new(name, x.shape, x.dtype, _derivative("add"))
+    out = x.tape.new(name, x.shape, x.dtype, _derivative("add.Tensor"))
     x.tape.record(name, (x,), (), lambda node, grads, saved: (grads[0],), out)
     return out
 
@@ -152,14 +153,15 @@ def power(x: Tensor, name: str = "pow") -> Tensor:
     """Raise to a number, in fp32 under autocast; saves its input.
 
     Backward holds the lower power and its multiple beside the gradient
-    (torch-derivatives, FunctionsManual.cpp, pow_backward).
+    (torch-autograd, FunctionsManual.cpp, pow_backward).
     """
-    return unary(autocast_to_float(x), name, keeps="input", scratch=2)
+    given = autocast_to_float(x)
+    return unary(given, name, keeps="input", scratch=2, operator="pow.Tensor_Scalar")
 
 
 def mean_last(x: Tensor) -> Tensor:
     """Mean over the last dimension, kept as 1; its backward divides an expanded view."""
-    out = x.tape.new("mean", (*x.shape[:-1], ONE), x.dtype, _derivative("mean"))
+    out = x.tape.new("mean", (*x.shape[:-1], ONE), x.dtype, _derivative("mean.dim"))
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         return (node.new_grad(0),)
@@ -227,6 +229,13 @@ def add_in_place(x: Tensor, y: Tensor, name: str = "add in place") -> Tensor:
     return out
 
 
+def scale_in_place(x: Tensor, name: str = "mul in place by a number") -> Tensor:
+    """`x *= number`: the result is `x`'s own memory, but backward makes a gradient of its own."""
+    out = Tensor(x.tape, x.shape, x.dtype, x.storage, base=x.base or x)
+    x.tape.record(name, (x,), (), lambda node, grads, saved: (node.new_grad(0),), out)
+    return out
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Dropout as CUDA's native_dropout runs it: a mask of one byte for each element is saved."""
     if p == 0.0:
@@ -285,7 +294,7 @@ def part(x: Tensor, shape: Shape) -> Tensor:
     out = Tensor(x.tape, shape, x.dtype, x.storage, base=x.base or x)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        return (node.new_grad(0, source=_derivative("slice")),)
+        return (node.new_grad(0, source=_derivative("slice.Tensor")),)
 
     x.tape.record("slice", (x,), (), rule, out)
     return out
@@ -357,7 +366,7 @@ def linear(
 
 def matmul(x: Tensor, y: Tensor, shape: Shape, name: str) -> Tensor:
     """A batched product of two activations; each is saved if the other wants a gradient."""
-    left, right = _head_by_head(autocast_to_half(x)), _head_by_head(autocast_to_half(y))
+    left, right = head_by_head(autocast_to_half(x)), head_by_head(autocast_to_half(y))
     out = x.tape.new(name, shape, left.dtype, _derivative("bmm"))
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
@@ -370,7 +379,7 @@ def matmul(x: Tensor, y: Tensor, shape: Shape, name: str) -> Tensor:
     return out
 
 
-def _head_by_head(x: Tensor) -> Tensor:
+def head_by_head(x: Tensor) -> Tensor:
     """Copy a tensor [b, s, H, d] to [b, H, s, d] as a batched product of several rows needs it.
 
     torch.matmul folds batch and heads into one dimension; for a single row that is a view.
@@ -406,7 +415,7 @@ def softmax(x: Tensor, dtype: DType | None = None) -> Tensor:
     A half precision input is cast to a copy of its own first, which dies when softmax returns.
     """
     given = cast(x, dtype) if dtype is not None else autocast_to_float(x)
-    return unary(given, "softmax", keeps="output")
+    return unary(given, "softmax", keeps="output", operator="_softmax")
 
 
 def embedding(ids: Tensor, weight: Param, width: Dim) -> Tensor:
@@ -442,7 +451,7 @@ def _embedding_workspace(node: Node, width: Dim) -> list[Tensor]:
 
 def log_softmax(x: Tensor) -> Tensor:
     """Log-softmax over the last dimension, in fp32 under autocast; saves its output."""
-    return unary(autocast_to_float(x), "log_softmax", keeps="output")
+    return unary(autocast_to_float(x), "log_softmax", keeps="output", operator="_log_softmax")
 
 
 def nll_loss(log_probs: Tensor, labels: Tensor) -> Tensor:

@@ -57,15 +57,15 @@ class Instant:
 class Storage:
     """The memory behind one or more tensors."""
 
-    __slots__ = ("kind", "tape")
+    __slots__ = ("kind", "serial", "tape")
 
     def __init__(self, tape: Tape, kind: int) -> None:
         self.tape = tape
         self.kind = kind
-        tape.born(kind)
+        self.serial = tape.born(kind)
 
     def __del__(self) -> None:
-        self.tape.died(self.kind)
+        self.tape.died(self.kind, self.serial)
 
 
 class Tensor:
@@ -98,12 +98,17 @@ class Tensor:
 
 @dataclass(slots=True, eq=False)
 class Param:
-    """A parameter: persistent, so it has no storage here; the ledger lists it as weights."""
+    """A parameter: persistent, so it has no storage here; the ledger lists it as weights.
+
+    Args:
+        held: an activation that was made a leaf, which the graph keeps alive as its leaf.
+    """
 
     name: str
     shape: Shape
     dtype: DType
     requires_grad: bool
+    held: Tensor | None = None
 
     def __hash__(self) -> int:
         return id(self)
@@ -199,7 +204,7 @@ class Regime:
         sorts_embedding_gradient: more than 3072 tokens in the micro-batch.
         dequantizes: more tokens than bitsandbytes multiplies without dequantizing.
         exceeds_window: the length is beyond the sliding window of some layers.
-        several_rows: more than one sequence, so that batched products copy what lies token by token.
+        several_rows: more than one sequence, so that batched products copy what lies by token.
     """
 
     sorts_embedding_gradient: bool = True
@@ -227,6 +232,7 @@ class Tape:
         self.cast_cache: dict[Param, Tensor] = {}
         self.frame: Any = None
         self.grads: dict[Param, Tensor] = {}
+        self.batch: list[Tensor] = []
         self.grads_exist = False
         self.left_behind: Live | None = None
         self._grown = False
@@ -234,14 +240,15 @@ class Tape:
 
     # -- accounts ---------------------------------------------------------------------------
 
-    def born(self, kind: int) -> None:
-        """Count one more living tensor of a kind."""
+    def born(self, kind: int) -> int:
+        """Count one more living tensor of a kind; the number returned names it at its death."""
         self.live[kind] = self.live.get(kind, 0) + 1
         coefficient, monomial = self._sizes[kind]
         self._total[monomial] += coefficient
         self._grown = True
+        return 0
 
-    def died(self, kind: int) -> None:
+    def died(self, kind: int, serial: int) -> None:
         """Count one tensor less; what was alive just before was a local maximum if it had grown."""
         if self._grown:
             self.mark()
@@ -313,6 +320,11 @@ class Tape:
         finally:
             self.prefix = outer
 
+    def drop_step(self) -> None:
+        """Let go of the gradients and the batch that the step has left."""
+        self.grads.clear()
+        self.batch.clear()
+
     # -- graph ------------------------------------------------------------------------------
 
     def next_order(self) -> int:
@@ -375,3 +387,37 @@ def view(tensor: Tensor, shape: Shape) -> Tensor:
 def reshaped(grad: Tensor, shape: Shape) -> Tensor:
     """Return a view of a gradient; it refers to its base, so it is not summed into in place."""
     return Tensor(grad.tape, shape, grad.dtype, grad.storage, base=grad.base or grad)
+
+
+class Birth(NamedTuple):
+    """A tensor is allocated: what kind of tensor, and where in the step."""
+
+    serial: int
+    kind: int
+    phase: str
+    site: int
+
+
+class Death(NamedTuple):
+    """A tensor is freed."""
+
+    serial: int
+
+
+class RecordingTape(Tape):
+    """A tape that keeps every birth and death in order, for the allocator to replay.
+
+    It counts nothing, and so knows no instants.
+    """
+
+    def __init__(self, autocast: DType | None = None, regime: Regime | None = None) -> None:
+        super().__init__(autocast, regime)
+        self.log: list[Birth | Death] = []
+
+    def born(self, kind: int) -> int:
+        serial = len(self.log)
+        self.log.append(Birth(serial, kind, self.phase, self.site))
+        return serial
+
+    def died(self, kind: int, serial: int) -> None:
+        self.log.append(Death(serial))

@@ -25,10 +25,9 @@ Not modelled: `garbage_collection_threshold`, the private pools of CUDA graphs, 
 which the driver picks addresses (here they rise; it only breaks ties between free blocks of equal
 size).
 
-Source: pytorch/pytorch `c10/cuda/CUDACachingAllocator.cpp::DeviceCachingAllocator` read at commit
-001074d25084; `c10/core/AllocatorConfig.h` and `c10/cuda/CUDAAllocatorConfig.h` as shipped with
-torch 2.13.0 (commit cf30153c4c13), which add `large_segment_size` and
-`max_non_split_rounding_size`.
+Source: torch-caching-allocator, DeviceCachingAllocator; `c10/core/AllocatorConfig.h` and
+`c10/cuda/CUDAAllocatorConfig.h` as shipped with torch 2.13.0 (commit cf30153c4c13), which add
+`large_segment_size` and `max_non_split_rounding_size`.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ DEFAULT_SETTINGS: Final = AllocatorSettings()
 def next_power2_division(size_bytes: int, divisions: int) -> int:
     """Round up to the next of `divisions` equal steps inside the power of two [bytes].
 
-    Source: `DeviceCachingAllocator::roundup_power2_next_division` at 001074d25084.
+    Source: torch-caching-allocator, roundup_power2_next_division.
 
     Example:
         >>> next_power2_division(1200, 4)
@@ -151,7 +150,7 @@ def next_power2_division(size_bytes: int, divisions: int) -> int:
 def round_size(size_bytes: int, settings: AllocatorSettings = DEFAULT_SETTINGS) -> int:
     """Bytes of the block that one request asks the pool for.
 
-    Source: `DeviceCachingAllocator::round_size` at 001074d25084.
+    Source: torch-caching-allocator, round_size.
 
     Example:
         >>> round_size(1), round_size(513)
@@ -166,7 +165,7 @@ def round_size(size_bytes: int, settings: AllocatorSettings = DEFAULT_SETTINGS) 
 def segment_size(block_bytes: int, settings: AllocatorSettings = DEFAULT_SETTINGS) -> int:
     """Bytes of the new segment that serves one rounded request.
 
-    Source: `DeviceCachingAllocator::get_allocation_size` at 001074d25084.
+    Source: torch-caching-allocator, get_allocation_size.
 
     Example:
         >>> [segment_size(size) // MiB for size in (512, 2 * MiB, 10 * MiB, 43 * MiB)]
@@ -363,7 +362,7 @@ class _Pool:
     def absorb(self, block: _Block, neighbour: _Block | None) -> None:
         """Merge a free neighbour into `block`, which is in no list at this time.
 
-        Source: `DeviceCachingAllocator::try_merge_blocks` at 001074d25084.
+        Source: torch-caching-allocator, try_merge_blocks.
         """
         if (
             neighbour is None
@@ -438,7 +437,7 @@ class CachingAllocator:
             ValueError: the key is in use, or the size is negative.
             OutOfMemory: nothing more can be released, and it still does not fit.
 
-        Source: `DeviceCachingAllocator::malloc` at 001074d25084.
+        Source: torch-caching-allocator, malloc.
         """
         if key in self._live or key in self._pending:
             raise ValueError(f"key {key!r} is still allocated; free it before it is used again")
@@ -495,7 +494,7 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """Give every free segment back to the driver, after waiting for all streams.
 
-        Source: `DeviceCachingAllocator::release_cached_blocks`, `release_blocks` at 001074d25084.
+        Source: torch-caching-allocator, release_cached_blocks, release_blocks.
         """
         for key in list(self._pending):
             self._recycle(self._pending.pop(key))
@@ -576,7 +575,7 @@ class CachingAllocator:
     def _recycle(self, block: _Block) -> None:
         """Merge a block with its free neighbours and put it into its pool.
 
-        Source: `DeviceCachingAllocator::free_block` at 001074d25084.
+        Source: torch-caching-allocator, free_block.
         """
         self._active -= block.size
         self._requested -= block.requested
@@ -591,7 +590,7 @@ class CachingAllocator:
     def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
         """Take the smallest free block that holds `size` out of the pool, if one may serve.
 
-        Source: `DeviceCachingAllocator::get_free_block` at 001074d25084.
+        Source: torch-caching-allocator, get_free_block.
         """
         free = pool.free
         at = bisect_left(free, (size,))
@@ -631,7 +630,7 @@ class CachingAllocator:
     def _should_split(self, block: _Block, size: int) -> bool:
         """Whether the tail of the block goes back to the pool.
 
-        Source: `DeviceCachingAllocator::should_split` at 001074d25084.
+        Source: torch-caching-allocator, should_split.
         """
         tail = block.size - size
         if block.pool.is_small or self.settings.expandable_segments:
@@ -647,7 +646,7 @@ class CachingAllocator:
     def _fresh_or_released(self, pool: _Pool, size: int) -> _Block:
         """Take new memory from the driver, releasing more and more of the cache to get it.
 
-        Source: `DeviceCachingAllocator::malloc` at 001074d25084.
+        Source: torch-caching-allocator, malloc.
         """
         block = self._fresh(pool, size)
         if block is None and self._release_oversize(pool, size):
@@ -669,7 +668,7 @@ class CachingAllocator:
     def _fresh(self, pool: _Pool, size: int) -> _Block | None:
         """Take a new segment, or new pages, from the driver; None if it has none to give.
 
-        Source: `DeviceCachingAllocator::alloc_block` at 001074d25084.
+        Source: torch-caching-allocator, alloc_block.
         """
         new = segment_size(size, self.settings)
         # Upstream compares the fraction with the fixed segment even where it then maps pages.
@@ -695,7 +694,7 @@ class CachingAllocator:
     def _fresh_expandable(self, pool: _Pool, size: int) -> _Block | None:
         """Map pages behind, or between, the free blocks of the stream's growing segment.
 
-        Source: `DeviceCachingAllocator::try_allocate_expandable_block` at 001074d25084.
+        Source: torch-caching-allocator, try_allocate_expandable_block.
         """
         block = self._expandable_candidate(pool, size)
         if not block.mapped and not self._map(block, min(block.size, size)):
@@ -711,7 +710,7 @@ class CachingAllocator:
     def _expandable_candidate(self, pool: _Pool, size: int) -> _Block:
         """Return the lowest block where `size` fits into free and unmapped room, or new room.
 
-        Source: `DeviceCachingAllocator::find_expandable_block` at 001074d25084.
+        Source: torch-caching-allocator, find_expandable_block.
         """
         for _, unmapped in pool.unmapped:
             before = unmapped.previous
@@ -735,7 +734,7 @@ class CachingAllocator:
     def _map(self, block: _Block, size: int) -> bool:
         """Back the front of an unmapped block with pages and merge it with its free neighbours.
 
-        Source: `DeviceCachingAllocator::map_block` and `ExpandableSegment::map` at 001074d25084.
+        Source: torch-caching-allocator, map_block and ExpandableSegment::map.
         """
         assert block.expandable is not None  # no other block is ever unmapped
         mapped = round_up(size, block.expandable.page_bytes)
@@ -759,7 +758,7 @@ class CachingAllocator:
     def _release_oversize(self, pool: _Pool, size: int) -> bool:
         """Release just enough never-split blocks to make room, the largest first.
 
-        Source: `DeviceCachingAllocator::release_available_cached_blocks` at 001074d25084; that
+        Source: torch-caching-allocator, release_available_cached_blocks; that
         expandable blocks are passed over is in the releases since 2.7 (test_max_split_expandable).
         """
         if self._max_split == sys.maxsize:
@@ -797,7 +796,7 @@ class CachingAllocator:
     def _unmap(self, block: _Block, pages: _AddressRange) -> None:
         """Give the pages that lie wholly inside a free block back to the driver.
 
-        Source: `DeviceCachingAllocator::unmap_block`, `ExpandableSegment::unmap` at 001074d25084.
+        Source: torch-caching-allocator, unmap_block, ExpandableSegment::unmap.
         """
         pool, (base, page) = block.pool, pages
         begin = base + round_up(block.address - base, page)

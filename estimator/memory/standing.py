@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from estimator.dtypes import DType
 from estimator.memory.ledger import Entry, Ledger, constant_row, tensor_row
 from estimator.model.spec import Module
@@ -145,12 +147,20 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
         ]  # fmt: skip
     else:
         gradients = [] if run.accumulates else _gradients(run)
+    sizes = step_temporaries(run)
+    if not sizes:
+        return tuple(gradients)
+    name = f"{run.optimizer.name} {run.optimizer.implementation}, temporaries of the step"
+    source = OPTIMIZERS[run.optimizer.name].source
+    alike = Counter(sizes)
+    scratch = [
+        Entry(constant_row(name, "optimizer_states", "optimizer", size, f"{size} B", source), count)
+        for size, count in alike.items()
+    ]
+    return (*gradients, *scratch)
+
+
+def step_temporaries(run: Run) -> tuple[int, ...]:
+    """Return the sizes of what the optimizer's step allocates at its worst moment [bytes]."""
     row = OPTIMIZERS[run.optimizer.name]
-    temporary = row.temporaries[run.optimizer.implementation](tensors)
-    if temporary:
-        name = f"{run.optimizer.name} {run.optimizer.implementation}, temporaries of the step"
-        scratch = constant_row(
-            name, "optimizer_states", "optimizer", temporary, f"{temporary} B", row.source
-        )
-        return (*gradients, Entry(scratch, 1))
-    return tuple(gradients)
+    return row.temporaries[run.optimizer.implementation](trained_tensors(run))

@@ -54,6 +54,15 @@ class Step:
 
     moments: tuple[Moment, ...]
 
+    def highest(self, at: Polynomial) -> tuple[Moment, ...]:
+        """Return the highest instant of each named moment, in the order of time."""
+        found: dict[str, tuple[int, Moment]] = {}
+        for moment in self.moments:
+            size = moment.bytes_at(at)
+            if moment.name not in found or size > found[moment.name][0]:
+                found[moment.name] = (size, moment)
+        return tuple(moment for _, moment in found.values())
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:

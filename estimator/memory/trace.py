@@ -15,14 +15,24 @@ from estimator.eager import ops
 from estimator.eager.checkpoint import checkpoint
 from estimator.eager.engine import backward
 from estimator.eager.size import BATCH, SEQ
-from estimator.eager.tensor import Instant, Live, Regime, Tape, Tensor, TensorKind
+from estimator.eager.tensor import (
+    Birth,
+    Death,
+    Instant,
+    Live,
+    RecordingTape,
+    Regime,
+    Tape,
+    Tensor,
+    TensorKind,
+)
 from estimator.memory.loss import LOSSES
 from estimator.model.forward import Forward
 from estimator.model.spec import LayerKind
 from estimator.run import Run
 from estimator.sources import Cite
 
-INPUTS = Cite("hf-trainer", "the batch: input_ids, attention_mask, labels")
+INPUTS = Cite("hf-trainer", "Trainer._prepare_inputs: input_ids, attention_mask, labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +63,67 @@ class Trace:
 
 def trace(run: Run, regime: Regime) -> Trace:
     """Run one steady-state training step of the chain and record what was alive when."""
-    tape = Tape(run.autocast, regime)
-    tape.grads_exist = run.accumulates
     kinds, chain = _chain(run)
+    tape = Tape(run.autocast, regime)
+    forward_saved, backward_saved = _execute(run, tape, kinds)
+    tape.enter(0)
+    end = dict(tape.live)
+    left = tape.left_behind if tape.left_behind is not None else end
+    tape.drop_step()
+    return Trace(
+        kinds=tuple(tape.kinds),
+        sites=site_names(kinds),
+        chain=chain,
+        forward=tuple(tape.instants("forward")),
+        backward=tuple(tape.instants("backward")),
+        forward_saved=forward_saved,
+        backward_saved=backward_saved,
+        left=left,
+        end=end,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Every birth and death of one step through all layers; gradients and batch outlive it.
+
+    Args:
+        kinds: the kinds of tensor, by index.
+        sites: the name of each site.
+    """
+
+    kinds: tuple[TensorKind, ...]
+    sites: tuple[str, ...]
+    log: tuple[Birth | Death, ...]
+
+
+def record(run: Run, regime: Regime) -> Recording:
+    """Run one step through every layer, and keep each birth and death in order."""
+    kinds = tuple(run.spec.kinds[index] for index in run.spec.pattern)
+    tape = RecordingTape(run.autocast, regime)
+    _execute(run, tape, kinds)
+    log = tuple(tape.log)
+    tape.drop_step()
+    return Recording(tuple(tape.kinds), site_names(kinds), log)
+
+
+def site_names(kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
+    """Name the sites of a step through layers of these kinds."""
+    return ("embeddings", *(kind.name for kind in kinds), "final_norm", "head", "loss")
+
+
+def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, Live]:
+    """Run forward, loss and backward through some layers.
+
+    Returns:
+        What is alive when the model's forward pass has ended, and when backward begins.
+    """
+    tape.grads_exist = run.accumulates
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
     batch = [_input(tape, name) for name in ("input_ids", "attention_mask", "labels")]
     tape.autocast_enabled = run.autocast is not None
     loss, outputs = _forward(run, forward, kinds, batch)
-    forward_saved = outputs.alive
     tape.cast_cache.clear()
     tape.autocast_enabled = False
     if not run.keeps_outputs:
@@ -74,21 +136,8 @@ def trace(run: Run, regime: Regime) -> Trace:
     forward.cache.clear()
     forward.rotary.clear()
     forward.masks.clear()
-    tape.enter(0)
-    end = dict(tape.live)
-    sites = ("embeddings", *(kind.name for kind in kinds), "final_norm", "head", "loss")
-    left = tape.left_behind if tape.left_behind is not None else end
-    return Trace(
-        kinds=tuple(tape.kinds),
-        sites=sites,
-        chain=chain,
-        forward=tuple(tape.instants("forward")),
-        backward=tuple(tape.instants("backward")),
-        forward_saved=forward_saved,
-        backward_saved=backward_saved,
-        left=left,
-        end=end,
-    )
+    tape.batch += [*batch, loss]
+    return outputs.alive, backward_saved
 
 
 def _chain(run: Run) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
@@ -126,7 +175,12 @@ class _Outputs:
 def _forward(
     run: Run, forward: Forward, kinds: tuple[LayerKind, ...], batch: list[Tensor]
 ) -> tuple[Tensor, _Outputs]:
-    """Run the model and its loss; local names live as long as they do in transformers."""
+    """Run the model and its loss; local names live as long as they do in transformers.
+
+    Under autocast Accelerate hands out fp32 logits in place of the model's own.
+
+    Source: accelerate, Accelerator.prepare_model, convert_outputs_to_fp32.
+    """
     spec, family, tape = run.spec, run.spec.family, forward.tape
     last = len(kinds) + 1
     hidden = _model(run, forward, kinds, batch[0])
@@ -140,7 +194,6 @@ def _forward(
         loss = LOSSES[run.loss](logits, batch[2], spec.vocab)
     held = [logits]
     if run.autocast is not None:
-        # Accelerate hands out fp32 logits in place of the model's own.
         held = [ops.cast(logits, DType.FLOAT32, "logits of the outputs in fp32")]
     return loss, _Outputs(held, alive)
 
@@ -169,6 +222,9 @@ def _region(forward: Forward, site: int, kind: LayerKind) -> Callable[[Tensor], 
 
     def layer(hidden: Tensor) -> Tensor:
         forward.enter(site, kind.modules)
-        return forward.spec.family.layer(forward, kind, hidden)
+        try:
+            return forward.spec.family.layer(forward, kind, hidden)
+        finally:
+            forward.attention_weights = None
 
     return layer

@@ -9,6 +9,25 @@ from __future__ import annotations
 from typing import Any, Final
 
 DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "bloom": {
+        "tie_word_embeddings": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "apply_residual_connection_post_layernorm": False,
+        "slow_but_exact": False,
+        "pretraining_tp": 1,
+    },
+    "falcon": {
+        "tie_word_embeddings": True,
+        "new_decoder_architecture": False,
+        "multi_query": True,
+        "parallel_attn": True,
+        "alibi": False,
+        "bias": False,
+        "activation": "gelu",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
     "llama": {"tie_word_embeddings": False},
     "mistral": {
         "tie_word_embeddings": False,

@@ -49,6 +49,8 @@ class Forward:
         self.cache: list[Tensor] = []
         # Local names of the model's forward that live until it returns.
         self.names: dict[str, Tensor] = {}
+        # A name in the layer's forward, though nobody reads them.
+        self.attention_weights: Tensor | None = None
         self.input_requires_grad = False
         self._params: dict[tuple[int, str, str], Param] = {}
         self._tied: dict[str, str] = {}
@@ -104,7 +106,10 @@ class Forward:
         Source: hf-modeling, llama/modeling_llama.py, LlamaRMSNorm.forward.
         """
         with self.tape.module(name):
-            return ops.mul(self.norm_weight(name), ops.cast(normalized(x), x.dtype))
+            hidden = ops.cast(x, F32)
+            variance = ops.mean_last(ops.power(hidden))
+            hidden = ops.mul(hidden, ops.rsqrt(ops.shift(variance)), "normalized")
+            return ops.mul(self.norm_weight(name), ops.cast(hidden, x.dtype))
 
     def centered_rms_norm(self, x: Tensor, name: str) -> Tensor:
         """RMSNorm as Gemma writes it: one is added to the weight, and all of it is in fp32.
@@ -112,7 +117,7 @@ class Forward:
         Source: hf-modeling, gemma/modeling_gemma.py, GemmaRMSNorm.forward.
         """
         with self.tape.module(name):
-            output = normalized(x)
+            output = _over_rms(ops.cast(x, F32))
             output = ops.mul(output, ops.one_plus(self.tape, self.norm_weight(name)), "weighted")
             return ops.cast(output, x.dtype)
 
@@ -136,7 +141,9 @@ class Forward:
                 out = ops.scale(out, "scaled rows")
         if name == self.spec.embeddings[0].name:
             if self.input_requires_grad and not out.requires_grad:
-                out.edge = Edge(Param("inputs_embeds", out.shape, out.dtype, True))
+                leaf = Param("inputs_embeds", out.shape, out.dtype, True)
+                leaf.held = view(out, out.shape)
+                out.edge = Edge(leaf)
             self.names["inputs_embeds"] = out
         return out
 
@@ -216,6 +223,7 @@ class Forward:
             p: dropout on the attention weights.
         """
         if self.settings.keeps_cache:
+            k, v = self._cached(kind, k), self._cached(kind, v)
             self.cache += [k, v]
         mask = self.masks.get("sliding" if kind.sliding_window is not None else "full")
         out = self._kernel(kind, q, k, v, mask, p)
@@ -223,24 +231,28 @@ class Forward:
             out = ops.copy(out, (BATCH, SEQ, kind.heads.query, kind.heads.width), "output by token")
         return view(out, (BATCH, SEQ, dim("H·d", kind.heads.query.value * kind.heads.width.value)))
 
-    def takes_flash(self, kind: LayerKind, q: Tensor) -> bool:
-        """Whether attention over these queries runs FlashAttention."""
-        sliding = "sliding" if kind.sliding_window is not None else "full"
-        if self.settings.attention == "eager" or sliding in self.masks:
-            return False
-        half = self.tape.autocast if self.tape.autocast_enabled else None
-        return (half or q.dtype).is_half
+    def _cached(self, kind: LayerKind, x: Tensor) -> Tensor:
+        """Return a key or value as the cache hands it back: appended to what it held, nothing.
+
+        Source: transformers 5.23.0, cache_utils.py, DynamicLayer.update.
+        """
+        shape = (BATCH, kind.heads.key_value, SEQ, kind.heads.width)
+        return ops.copy(x, shape, "copy in the cache")
 
     def _kernel(
         self, kind: LayerKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float
     ) -> Tensor:
         heads = kind.heads
         if self.settings.attention == "eager":
-            return kind.eager(q, k, v, mask, heads, p)
+            out, self.attention_weights = kind.eager(q, k, v, mask, heads, p)
+            return out
+        if mask is not None and heads.groups > 1 and self.spec.broadcasts_keys:
+            return attention.math_broadcast(q, k, v, mask, heads)
         if mask is not None:
             keys, values = (attention.repeat_heads(each, heads) for each in (k, v))
             return attention.efficient(q, keys, values, mask, heads)
-        if self.takes_flash(kind, q):
+        half = self.tape.autocast if self.tape.autocast_enabled else None
+        if (half or q.dtype).is_half:
             return attention.flash(q, k, v, heads)
         if heads.groups == 1:
             return attention.efficient(q, k, v, None, heads)
@@ -270,11 +282,15 @@ class Forward:
         return ops.dropout(hidden, p)
 
 
-def normalized(x: Tensor) -> Tensor:
-    """Return `x / rms(x)` in fp32."""
-    hidden = ops.cast(x, F32)
-    variance = ops.mean_last(ops.power(hidden))
-    return ops.mul(hidden, ops.rsqrt(ops.shift(variance)), "normalized")
+def _over_rms(x: Tensor) -> Tensor:
+    """Return `x / rms(x)`; the mean is freed before the product."""
+    return ops.mul(x, ops.rsqrt(ops.shift(ops.mean_last(ops.power(x)))), "normalized")
+
+
+def head_by_head(x: Tensor) -> Tensor:
+    """Name the layout that cat writes: it is given [b, H, s, d], which lies token by token."""
+    batch, tokens, heads, width = x.shape
+    return view(x, (batch, heads, tokens, width))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -303,22 +319,36 @@ def activate(x: Tensor, name: str) -> Tensor:
 def gelu_new(x: Tensor) -> Tensor:
     """GELU by tanh, written out in separate operators (NewGELUActivation).
 
-    Source: hf-modeling, activations.py, NewGELUActivation.forward.
+    Source: hf-library, activations.py, NewGELUActivation.forward.
     """
     half = ops.scale(x, "half the input")
-    bent = ops.tanh(ops.scale(ops.add(x, ops.scale(ops.power(x, "cube")), "inner sum")))
-    return ops.mul(half, ops.shift(bent), "gelu_new")
+    # One expression, as there: a name would keep its temporary alive to the end.
+    return ops.mul(
+        half,
+        ops.shift(ops.tanh(ops.scale(ops.add(x, ops.scale(ops.power(x, "cube")), "inner sum")))),
+        "gelu_new",
+    )
 
 
 def gelu_fast(x: Tensor) -> Tensor:
     """GELU by tanh without a power, written out in separate operators (FastGELUActivation).
 
-    Source: hf-modeling, activations.py, FastGELUActivation.forward.
+    Source: hf-library, activations.py, FastGELUActivation.forward.
     """
-    half, scaled = ops.scale(x, "half the input"), ops.scale(x, "scaled input")
-    inner = ops.shift(ops.mul(ops.scale(x, "small multiple"), x, "scaled square"), "inner sum")
-    bent = ops.shift(ops.tanh(ops.mul(scaled, inner)))
-    return ops.mul(half, bent, "gelu_fast")
+    half = ops.scale(x, "half the input")
+    return ops.mul(
+        half,
+        ops.shift(
+            ops.tanh(
+                ops.mul(
+                    ops.scale(x, "scaled input"),
+                    ops.shift(ops.mul(ops.scale(x, "small multiple"), x, "scaled square")),
+                    "inner product",
+                )
+            )
+        ),
+        "gelu_fast",
+    )
 
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {

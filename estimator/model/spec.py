@@ -167,7 +167,7 @@ class LayerKind:
     modules: tuple[Module, ...]
     heads: Heads
     sliding_window: int | None = None
-    eager: Callable[..., Tensor] = attention.eager
+    eager: Callable[..., tuple[Tensor, Tensor]] = attention.eager
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -17,8 +17,6 @@ from estimator.run import Run
 from estimator.sources import Cite
 from estimator.techniques.stage import Stage
 
-_LAYER = Cite("peft", "lora/layer.py, Linear.forward")
-
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
@@ -59,7 +57,7 @@ class LoraAdapter:
 
         Every adapted layer casts its input to the type of A on its own.
 
-        Source: peft, lora/layer.py, Linear.forward; lora/bnb.py, Linear4bit.forward.
+        Source: peft, tuners/lora/layer.py, Linear.forward; tuners/lora/bnb.py, Linear4bit.forward.
         """
         result = run.base_linear(x, linear)
         out_dtype = result.dtype
@@ -126,7 +124,7 @@ class Lora:
 
         `all-linear` is every linear layer but the head.
 
-        Source: peft, tuners_utils.py, check_target_module_exists and
+        Source: peft, tuners/tuners_utils.py, check_target_module_exists and
         _maybe_include_all_linear_layers.
         """
         if isinstance(self.target_modules, str):

@@ -72,7 +72,8 @@ class State:
     managed: Callable[[Trained], bool] = lambda _: False
 
 
-Peak = Callable[[tuple[Trained, ...]], int]
+Temporaries = Callable[[tuple[Trained, ...]], tuple[int, ...]]
+"""Sizes [bytes] of the tensors that are alive together at the worst moment of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,40 +82,36 @@ class OptimizerRow:
 
     Args:
         states: what it keeps for each trained tensor from the first step on.
-        temporaries: for each implementation, the bytes that its step holds at its worst moment.
+        temporaries: for each implementation, what its step holds at its worst moment.
         default: the implementation that is meant when the request names none.
         source: where the temporaries are read from.
     """
 
     states: tuple[State, ...]
-    temporaries: dict[str, Peak]
+    temporaries: dict[str, Temporaries]
     default: str
     source: Cite
 
 
-def _nothing(tensors: tuple[Trained, ...]) -> int:
-    return 0
+def _nothing(tensors: tuple[Trained, ...]) -> tuple[int, ...]:
+    return ()
 
 
-def _largest(copies: int) -> Peak:
+def _largest(copies: int) -> Temporaries:
     """Return `copies` of the largest tensor: one tensor is updated at a time."""
 
-    def peak(tensors: tuple[Trained, ...]) -> int:
-        return copies * max((each.bytes for each in tensors), default=0)
+    def temporaries(tensors: tuple[Trained, ...]) -> tuple[int, ...]:
+        return (max((each.bytes for each in tensors), default=0),) * copies
 
-    return peak
+    return temporaries
 
 
-def _all(copies: int) -> Peak:
-    """Return `copies` of the largest group of one type: foreach updates a whole group at once."""
-
-    def peak(tensors: tuple[Trained, ...]) -> int:
-        groups: dict[DType, int] = {}
-        for each in tensors:
-            groups[each.dtype] = groups.get(each.dtype, 0) + each.bytes * each.count
-        return copies * max(groups.values(), default=0)
-
-    return peak
+def _all(tensors: tuple[Trained, ...]) -> tuple[int, ...]:
+    """Return a copy of the largest group of one type: foreach updates a whole group at once."""
+    groups: dict[DType, list[int]] = {}
+    for each in tensors:
+        groups.setdefault(each.dtype, []).extend([each.bytes] * each.count)
+    return tuple(max(groups.values(), key=sum, default=[]))
 
 
 def _same(each: Trained) -> int:
@@ -134,8 +131,8 @@ def _eight_bit(each: Trained) -> int:
 
     HF's Trainer keeps 32-bit states for every embedding.
 
-    Source: bitsandbytes, optim/optimizer.py, Optimizer2State.init_state; hf-trainer,
-    create_optimizer, register_module_override.
+    Source: dettmers2022, section 2.1; bitsandbytes, optim/optimizer.py,
+    Optimizer2State.init_state; hf-trainer, Trainer.create_optimizer.
     """
     if not _is_8bit(each):
         return each.elements * DType.FLOAT32.width
@@ -150,7 +147,7 @@ def _is_paged(each: Trained) -> bool:
 def _adafactor_state(each: Trained) -> int:
     """Bytes of the second moment: a row and a column of a matrix, all of a vector, in fp32.
 
-    Source: shazeer2018, algorithm 4; hf-optimization, Adafactor.step.
+    Source: shazeer2018, algorithms 4 and 5; hf-optimization, Adafactor.step.
     """
     if not each.rows:
         return each.elements * DType.FLOAT32.width
@@ -158,27 +155,27 @@ def _adafactor_state(each: Trained) -> int:
     return leading * (each.rows + each.columns) * DType.FLOAT32.width
 
 
-def _adafactor_peak(tensors: tuple[Trained, ...]) -> int:
+def _adafactor_step(tensors: tuple[Trained, ...]) -> tuple[int, ...]:
     """Return fp32 copies of the gradient and the weight, the update and its negative or square.
 
     Source: hf-optimization, Adafactor.step.
     """
-    worst = 0
+    worst: tuple[int, ...] = ()
     for each in tensors:
         copies = 4 if each.dtype.is_half else 2
-        worst = max(worst, copies * each.elements * DType.FLOAT32.width)
+        worst = max(worst, (each.elements * DType.FLOAT32.width,) * copies, key=sum)
     return worst
 
 
-def _moments(source: str) -> tuple[State, ...]:
-    return (
-        State("exp_avg", _same, Cite("kingma2014", f"algorithm 1, m{source}")),
-        State("exp_avg_sq", _same, Cite("kingma2014", f"algorithm 1, v{source}")),
-    )
-
-
-_ADAM_STATES: Final = _moments("")
-_ADAM_STEP: Final[dict[str, Peak]] = {"foreach": _all(1), "fused": _nothing, "single": _largest(2)}
+_ADAM_STATES: Final = (
+    State("exp_avg", _same, Cite("kingma2014", "algorithm 1, m")),
+    State("exp_avg_sq", _same, Cite("kingma2014", "algorithm 1, v")),
+)
+_ADAM_STEP: Final[dict[str, Temporaries]] = {
+    "foreach": _all,
+    "fused": _nothing,
+    "single": _largest(2),
+}
 _8BIT: Final = Cite("bitsandbytes", "optim/optimizer.py, Optimizer2State.init_state")
 
 
@@ -205,8 +202,8 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
         _eight_bit_states(paged=True), {"fused": _nothing}, "fused", _8BIT
     ),
     "adafactor": OptimizerRow(
-        (State("exp_avg_sq", _adafactor_state, Cite("shazeer2018", "algorithm 4")),),
-        {"single": _adafactor_peak},
+        (State("exp_avg_sq", _adafactor_state, Cite("shazeer2018", "algorithms 4 and 5")),),
+        {"single": _adafactor_step},
         "single",
         Cite("hf-optimization", "Adafactor.step"),
     ),

@@ -116,8 +116,8 @@ def test_the_exit_code_of_a_real_process(arguments, code):
 
 def test_a_run_that_only_just_fits_can_fail_a_pipeline():
     whole = json.loads(_estimate(*MODEL, "--json").stdout)
-    high = whole["peak"]["device_used_bytes"]["high"]
-    low = whole["peak"]["device_used_bytes"]["low"]
+    high = whole["peak"]["needed_bytes"]["high"]
+    low = whole["peak"]["needed_bytes"]["low"]
     between = str((low + high) // 2)
     assert _estimate(*MODEL, "--memory", between, "--quiet").returncode in (0, 1)
     done = _estimate(*MODEL, "--memory", between, "--fail-on", "tight", "--json")

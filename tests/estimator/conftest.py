@@ -72,6 +72,7 @@ def result() -> Result:
             allocated_bytes=Range(whole - 2 * context, whole - context, whole),
             reserved_bytes=Range(whole - context, whole - context + 2**21, whole + context),
             device_used_bytes=Range(whole - context, whole, whole + 2 * context),
+            needed_bytes=Range(whole - context, whole - context // 2, whole + context),
             host_bytes=Range(2**30, 2 * 2**30, 3 * 2**30),
         ),
         capacity=Capacity(gpu="rtx-4090", usable_bytes=25_254_166_528, source="torch"),

@@ -41,7 +41,12 @@ def test_rows_sum_to_the_allocated_peak_and_ranges_are_ordered(document):
         assert part.bytes == sum(row.bytes for row in part.rows)
     outside = sum(row.bytes for row in result.outside)
     assert outside == peak.device_used_bytes.expected - peak.allocated_bytes.expected
-    for each in (peak.allocated_bytes, peak.reserved_bytes, peak.device_used_bytes):
+    for each in (
+        peak.allocated_bytes,
+        peak.reserved_bytes,
+        peak.device_used_bytes,
+        peak.needed_bytes,
+    ):
         assert ordered(each)
 
 

@@ -32,7 +32,7 @@ def test_the_page_shows_the_answer_of_the_api(client):
     answer = client.post("/v1/estimate", json=run).json()
     text = html.unescape(client.get("/", params=QUERY).text)
     assert answer["message"] in text
-    assert gib(answer["peak"]["device_used_bytes"]["expected"]) in text
+    assert gib(answer["peak"]["needed_bytes"]["expected"]) in text
     for part in answer["breakdown"]:
         assert not part["bytes"] or gib(part["bytes"]) in text
     for moment in answer["timeline"]:

@@ -12,6 +12,8 @@ from estimator.model.config import Config
 from estimator.model.spec import ModelSpec
 
 FAMILIES: Final[dict[str, str]] = {
+    "bloom": "bloom",
+    "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",

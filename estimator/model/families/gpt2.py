@@ -142,6 +142,6 @@ def _layer(config: Config, hidden: Dim) -> LayerKind:
 def _conv(name: str, fan_in: Dim, fan_out: Dim) -> Linear:
     """Return a Conv1D: a linear layer with a bias, whose weight is stored [in, out].
 
-    Source: transformers 5.23.0, pytorch_utils.py, Conv1D.
+    Source: hf-library, pytorch_utils.py, Conv1D.
     """
     return Linear(name=name, fan_in=fan_in, fan_out=fan_out, bias=True, transposed=True)

@@ -7,7 +7,7 @@ from estimator.eager.size import BATCH, SEQ, Dim, dim
 from estimator.eager.tensor import Tensor, view
 from estimator.model.config import Config
 from estimator.model.families.llama import rotary_buffers
-from estimator.model.forward import Forward
+from estimator.model.forward import Forward, head_by_head
 from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Norm
 
 
@@ -91,15 +91,9 @@ def rotate_part(run: Forward, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     q_rot, q_pass = ops.narrow(q, rotated), ops.narrow(q, rest)
     k_rot, k_pass = ops.narrow(k, rotated), ops.narrow(k, rest)
     q_embed, k_embed = run.rotate(q_rot, k_rot)
-    q_embed = _head_by_head(ops.cat_last((q_embed, q_pass), whole))
-    k_embed = _head_by_head(ops.cat_last((k_embed, k_pass), whole))
+    q_embed = head_by_head(ops.cat_last((q_embed, q_pass), whole))
+    k_embed = head_by_head(ops.cat_last((k_embed, k_pass), whole))
     return q_embed, k_embed
-
-
-def _head_by_head(x: Tensor) -> Tensor:
-    """Name the layout that cat writes: it is given [b, H, s, d], which lies token by token."""
-    batch, tokens, heads, width = x.shape
-    return view(x, (batch, heads, tokens, width))
 
 
 def read(config: Config) -> ModelSpec:

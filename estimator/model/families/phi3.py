@@ -7,7 +7,7 @@ from estimator.eager.size import BATCH, SEQ, Dim, dim
 from estimator.eager.tensor import Tensor, view
 from estimator.model.config import Config
 from estimator.model.families.llama import rotary_buffers
-from estimator.model.forward import Forward, activate, rotated
+from estimator.model.forward import Forward, activate, head_by_head, rotated
 from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Norm
 
 
@@ -51,9 +51,6 @@ class Phi3:
         v = view(v, (BATCH, SEQ, heads.key_value, heads.width))
         q, k = rotate(run, q, k)
         out = run.attend(kind, q, k, v, kind.facts["attention_dropout"])
-        if run.takes_flash(kind, q):
-            # Concatenated queries lie head by head, and FlashAttention's output lies as they do.
-            out = ops.copy(out)
         return run.linear(out, "self_attn.o_proj")
 
     def mlp(self, run: Forward, kind: LayerKind, hidden: Tensor) -> Tensor:
@@ -89,8 +86,8 @@ def rotate(run: Forward, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     q_rot, q_pass = _first(q, run.spec.rotary_width), ops.narrow(q, rest)
     k_rot, k_pass = _first(k, run.spec.rotary_width), ops.narrow(k, rest)
     with run.tape.module("rotary"):
-        q_embed = ops.cat_last((rotated(q_rot, cos, sin), q_pass), whole)
-        k_embed = ops.cat_last((rotated(k_rot, cos, sin), k_pass), whole)
+        q_embed = head_by_head(ops.cat_last((rotated(q_rot, cos, sin), q_pass), whole))
+        k_embed = head_by_head(ops.cat_last((rotated(k_rot, cos, sin), k_pass), whole))
     return q_embed, k_embed
 
 
