@@ -174,7 +174,7 @@ def _precisions() -> str:
         sizes: Counter[str] = Counter()
         for entry in (*standing(run).entries, *step_entries(run)):
             row = entry.row
-            part = "temporary" if "temporaries" in row.name else row.component
+            part: str = "temporary" if "temporaries" in row.name else row.component
             part = "master" if "master copy" in row.name else part
             sizes[part] += row.size[0] * entry.count
         kept = ("weights", "gradients", "master", "optimizer_states")
@@ -226,7 +226,7 @@ def _quantization() -> str:
                 thin(prod(each.value for each in part.shape)),
                 part.dtype.label,
                 thin(part.bytes),
-                part.source,
+                str(part.source),
             )
             for part in parts
         ]
@@ -363,7 +363,10 @@ CASES: Final = (
     _Case("linear under autocast", _linear, FP32, BF16),
     _Case("linear, 4-bit weight", _four_bit),
     _Case("linear, frozen, with a LoRA adapter in fp32", _lora),
-    _Case("LayerNorm", lambda on: ops.layer_norm(on.input(_H), on.weight(_H), on.weight(_H))),
+    _Case(
+        "LayerNorm",
+        lambda on: ops.layer_norm(on.input(_H), on.weight(_H), on.weight(_H, name="bias")),
+    ),
     _Case(
         "LayerNorm under autocast", lambda on: ops.layer_norm(on.input(_H), None, None), BF16, BF16
     ),
@@ -418,9 +421,9 @@ class _CountingTape(Tape):
         self.births: list[int] = []
         super().__init__(autocast)
 
-    def born(self, kind: int) -> None:
+    def born(self, kind: int) -> int:
         self.births.append(kind)
-        super().born(kind)
+        return super().born(kind)
 
 
 def _observed(case: _Case) -> tuple[str, str, str, str]:

@@ -32,11 +32,13 @@ class DryRun:
         trace: both steps, over all layers of the model.
         parameters: counted on the whole model; tied tensors once.
         notes: what was decided for the user on the way.
+        managed_bytes: optimizer states in CUDA managed memory, outside torch's counters [bytes].
     """
 
     trace: Trace
     parameters: Parameters
     notes: tuple[str, ...]
+    managed_bytes: int
 
 
 def trace(
@@ -70,7 +72,7 @@ def dry_run(
     """
     from profiler.document import result
 
-    return result(request, config, run(request, config, progress=progress))
+    return result(request, run(request, config, progress=progress))
 
 
 def run(

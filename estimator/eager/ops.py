@@ -342,7 +342,7 @@ def linear(
     half = autocast_to_half(x)
     matrix = autocast_weight(tape, weight, caches=caches)
     vector = autocast_weight(tape, bias) if bias is not None else None
-    out = tape.new("output", (*x.shape[:-1], out_dim), half.dtype, _derivative("mm"))
+    out = Tensor(tape, (*x.shape[:-1], out_dim), half.dtype, None)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         source = _derivative("mm")
@@ -361,6 +361,8 @@ def linear(
         matrix if half.requires_grad and isinstance(matrix, Tensor) else None,
     )
     tape.record("linear", (half, matrix, vector), saved, rule, out)
+    # torch saves the inputs first: a recompute that ends with them never makes the output.
+    tape.allocate(out, "output", _derivative("mm"))
     return out
 
 

@@ -308,8 +308,22 @@ class Tape:
         component: Component = "activations",
     ) -> Tensor:
         """Allocate a tensor; `name` is put behind the current module's path."""
-        kind = TensorKind(component, self.site, self.prefix + name, dtype, shape, source)
-        return Tensor(self, shape, dtype, Storage(self, self.kind(kind)))
+        out = Tensor(self, shape, dtype, None)
+        self.allocate(out, name, source, component)
+        return out
+
+    def allocate(
+        self,
+        tensor: Tensor,
+        name: str,
+        source: Cite | Assumption,
+        component: Component = "activations",
+    ) -> None:
+        """Give a tensor its storage."""
+        kind = TensorKind(
+            component, self.site, self.prefix + name, tensor.dtype, tensor.shape, source
+        )
+        tensor.storage = Storage(self, self.kind(kind))
 
     @contextmanager
     def module(self, name: str) -> Iterator[None]:

@@ -75,6 +75,19 @@ DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     },
     "phi3": {"tie_word_embeddings": False},
     "starcoder2": {"tie_word_embeddings": True, "num_key_value_heads": 2, "use_bias": True},
-    "qwen2": {"tie_word_embeddings": False, "num_key_value_heads": 32},
-    "qwen3": {"tie_word_embeddings": False, "num_key_value_heads": 32, "head_dim": 128},
+    "qwen2": {
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
 }

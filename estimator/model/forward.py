@@ -234,7 +234,7 @@ class Forward:
     def _cached(self, kind: LayerKind, x: Tensor) -> Tensor:
         """Return a key or value as the cache hands it back: appended to what it held, nothing.
 
-        Source: transformers 5.23.0, cache_utils.py, DynamicLayer.update.
+        Source: hf-library, cache_utils.py, DynamicLayer.update.
         """
         shape = (BATCH, kind.heads.key_value, SEQ, kind.heads.width)
         return ops.copy(x, shape, "copy in the cache")

@@ -118,7 +118,7 @@ def _same(each: Trained) -> int:
     return each.bytes
 
 
-def _step_on_device(each: Trained) -> int:
+def _scalar(each: Trained) -> int:
     return DType.FLOAT32.width
 
 
@@ -202,7 +202,10 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
         _eight_bit_states(paged=True), {"fused": _nothing}, "fused", _8BIT
     ),
     "adafactor": OptimizerRow(
-        (State("exp_avg_sq", _adafactor_state, Cite("shazeer2018", "algorithms 4 and 5")),),
+        (
+            State("exp_avg_sq", _adafactor_state, Cite("shazeer2018", "algorithms 4 and 5")),
+            State("RMS", _scalar, Cite("hf-optimization", "Adafactor.step, state['RMS']")),
+        ),
         {"single": _adafactor_step},
         "single",
         Cite("hf-optimization", "Adafactor.step"),
@@ -210,5 +213,5 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
 }
 MOMENTUM: Final = State("momentum_buffer", _same, Cite("torch-optim", "sgd.py, SGD._init_group"))
 FUSED_STEP: Final = State(
-    "step", _step_on_device, Cite("torch-optim", "adam.py, Adam._init_group, capturable or fused")
+    "step", _scalar, Cite("torch-optim", "adam.py, Adam._init_group, capturable or fused")
 )

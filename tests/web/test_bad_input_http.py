@@ -2,7 +2,7 @@
 
 import json
 
-import httpx
+import httpx2
 import pytest
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"
@@ -161,7 +161,7 @@ def test_a_body_that_does_not_say_json_is_refused(client, kind):
 
 
 def test_a_body_of_50_mb_is_refused_and_the_client_reads_why(base_url):
-    response = httpx.post(
+    response = httpx2.post(
         f"{base_url}/v1/estimate",
         content=b'{"model": "' + b"x" * 50_000_000 + b'"}',
         headers={"Content-Type": "application/json"},

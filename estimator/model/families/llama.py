@@ -114,20 +114,20 @@ def _layers(config: Config, hidden: Dim) -> tuple[tuple[LayerKind, ...], tuple[i
 def windows_of(config: Config) -> tuple[int | None, ...]:
     """Return the sliding window of each layer, None where attention is full.
 
-    Source: hf-modeling, the configuration classes: `layer_types` where it is given; Mistral
-    slides in every layer that its `sliding_window` covers, Qwen only with `use_sliding_window`.
+    Source: hf-modeling, the configuration classes: Mistral slides in every layer, Qwen only with
+    `use_sliding_window`, in the layers that `layer_types` names or from `max_window_layers` on.
     """
     layers = config.count("num_hidden_layers")
-    window = config.optional_count("sliding_window")
+    if config.model_type == "mistral":
+        return (config.optional_count("sliding_window"),) * layers
     types = config.layer_types(layers)
+    if config.model_type not in ("qwen2", "qwen3") or not config.flag("use_sliding_window", False):
+        return (None,) * layers
+    window = config.optional_count("sliding_window")
     if types is not None:
         return tuple(window if each == "sliding_attention" else None for each in types)
-    if config.model_type == "mistral":
-        return (window,) * layers
-    if config.model_type in ("qwen2", "qwen3") and config.flag("use_sliding_window", False):
-        first = config.optional_count("max_window_layers") or 28
-        return tuple(window if index >= first else None for index in range(layers))
-    return (None,) * layers
+    first = config.count("max_window_layers")
+    return tuple(window if index >= first else None for index in range(layers))
 
 
 def _layer(config: Config, hidden: Dim, window: int | None) -> LayerKind:
