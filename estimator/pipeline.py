@@ -151,13 +151,9 @@ def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
 def engine_for(request: EstimateRequest, config: Mapping[str, Any], name: str) -> Engine:
     """Return the engine of a request's model and recipe; the latest are kept."""
     recipe = request.model_dump_json(
-        exclude={
-            "model", "micro_batch_size", "seq_len", "gradient_accumulation_steps", "hardware",
-            "confidence",
-        }
-    )  # fmt: skip
-    accumulates = request.gradient_accumulation_steps > 1
-    engine = _engine(_Asked(request, config, name, (name, id(config), recipe, accumulates)))
+        exclude={"model", "micro_batch_size", "seq_len", "hardware", "confidence"}
+    )
+    engine = _engine(_Asked(request, config, name, (name, id(config), recipe)))
     check_length(engine.run.spec, request.seq_len)
     return engine
 

@@ -75,7 +75,7 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
         Software(request.software.version),
         Training(
             optimizer,
-            accumulates=request.gradient_accumulation_steps > 1,
+            micro_batches=request.gradient_accumulation_steps,
             keeps_outputs=request.loop.keep_outputs,
             use_cache=request.loop.use_cache,
         ),

@@ -27,7 +27,7 @@ class Run:
         spec: the model, with its weights' types, formats and adapters set.
         autocast: the type that autocast casts to, or None.
         checkpointing: every decoder layer is recomputed in backward.
-        accumulates: gradients of earlier micro-batches are there while a later one runs.
+        micro_batches: forward and backward passes before one optimizer step.
         keeps_outputs: the loop holds the model's outputs until backward has ended.
         input_requires_grad: the embeddings' output is made to want a gradient.
         loss: which version of the standard loss runs.
@@ -38,7 +38,12 @@ class Run:
     optimizer: OptimizerChoice
     autocast: DType | None = None
     checkpointing: bool = False
-    accumulates: bool = False
+    micro_batches: int = 1
     keeps_outputs: bool = False
     input_requires_grad: bool = False
     loss: str = "transformers-5"
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients of earlier micro-batches are there while a later one runs."""
+        return self.micro_batches > 1

@@ -35,6 +35,8 @@ class Kernels:
             aten._scaled_dot_product_efficient_attention_backward.default: (
                 self._efficient_backward
             ),
+            aten._flash_attention_forward.default: self._flash_package,
+            aten._flash_attention_backward.default: self._flash_backward,
             aten.native_layer_norm.default: self._layer_norm,
         }
 
@@ -59,6 +61,19 @@ class Kernels:
     ) -> Any:
         """Follow mha_bwd of flash_attn/flash_api.cpp: gradients like the inputs."""
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+    def _flash_package(self, query: Any, *_: Any, **__: Any) -> Any:
+        """Follow mha_fwd and mha_varlen_fwd of the flash-attn package: [b, s, H, d] or [t, H, d]."""
+        heads = query.shape[-2]
+        rows = (query.shape[0], heads, query.shape[1]) if query.dim() == 4 else (
+            heads,
+            query.shape[0],
+        )
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        logsumexp = query.new_empty(rows, dtype=torch.float32)
+        rng_state = query.new_empty(2, dtype=torch.uint64)
+        unused = self._host(query.new_empty((), dtype=torch.uint64))
+        return out, logsumexp, rng_state, unused, query.new_empty(0)
 
     def _efficient(
         self, query: Any, key: Any, value: Any, attn_bias: Any, compute_lse: bool, *_: Any, **__: Any

@@ -20,8 +20,8 @@ from profiler.unroll import NotPeriodicError, Shortening, unroll
 # Called with the share of the work that is done, from 0 to 1, and with what is being done.
 Progress = Callable[[float, str], None]
 
-# Ampere: what a request without a GPU is traced for.
-_DEFAULT_CAPABILITY: Final = (8, 0)
+# Compute capability and multiprocessors: what a request without a GPU is traced for.
+_A100: Final = ((8, 0), 108)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,10 @@ def run(
 
     report = progress or (lambda share, text: None)
     report(0.0, "building the model")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), eager_transformers():
         # The stack's warnings are about code that is not the user's.
         warnings.simplefilter("ignore")
         resolved = workload.model_config(dict(config))
-        how = None
         if not every_layer and not _names_layers(request):
             kinds = stack.kinds(workload.bare_model(request, resolved))
             how = stack.shortening(kinds)
@@ -113,18 +112,8 @@ def _dry_run(model: Any, request: EstimateRequest, how: Shortening | None) -> Dr
 
     parameters = stack.parameters(model, how)
     notes = workload.notes(request, model)
-    traced = _traced(model, request)
-    return DryRun(unroll(traced, how) if how else traced, parameters, notes)
-
-
-def _require_torch() -> None:
-    try:
-        import torch  # noqa: F401  (only to see whether it is there)
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the dry run needs {error.name!r}; run: pip install 'vramplan[profiler]'"
-        ) from error
+    traced, managed = _traced(model, request, how)
+    return DryRun(unroll(traced, how) if how else traced, parameters, notes, managed)
 
 
 def _names_layers(request: EstimateRequest) -> bool:
@@ -135,57 +124,49 @@ def _names_layers(request: EstimateRequest) -> bool:
     return any(part.isdigit() for name in names for part in name.split("."))
 
 
-def capability(request: EstimateRequest) -> tuple[int, int]:
-    """Return the compute capability of the requested GPU; Ampere's if none or another maker's."""
+def _gpu(request: EstimateRequest) -> tuple[tuple[int, int], int]:
+    """Return compute capability and multiprocessors of the requested GPU, else those of an A100."""
     gpu = requested_gpu(request)
     major, _, minor = (gpu.compute_capability if gpu else "").partition(".")
-    return (int(major), int(minor)) if major.isdigit() else _DEFAULT_CAPABILITY
+    if gpu is None or not major.isdigit():
+        return _A100
+    return (int(major), int(minor)), gpu.multiprocessors or _A100[1]
 
 
-def _traced(model: Any, request: EstimateRequest) -> Trace:
-    """Run two steps of a meta model on fake tensors."""
+def _traced(model: Any, request: EstimateRequest, how: Shortening | None) -> tuple[Trace, int]:
+    """Run two steps of a meta model on fake tensors; return the trace and the managed memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from profiler import stack, workload
-    from profiler.cuda_semantics import cuda_semantics
-    from profiler.eager_transformers import eager_transformers
-    from profiler.instrument import Meter
-    from profiler.workspaces import Workspaces
-
-    architecture = capability(request)
-    with (
-        _without_collection(),
-        FakeTensorMode(),
-        cuda_semantics(architecture),
-        eager_transformers(),
-    ):
+    capability, multiprocessors = _gpu(request)
+    constants = device_of(requested_gpu(request), request).constants
+    layers = stack.layers_path(model)
+    with _without_collection(), FakeTensorMode(), cuda_semantics(capability):
         job = workload.start(model, request, "cpu")
-        constants = device_of(requested_gpu(request), request).constants
         meter = Meter(
-            layers=stack.layers_path(model),
-            workspaces=Workspaces(architecture, constants.cublas_workspace),
+            layers=layers,
+            workspaces=Workspaces(capability, multiprocessors, constants.cublas_workspace),
         )
-        for path, parameter in model.named_parameters():
-            meter.adopt(parameter, path, "parameter", "weights")
-        for path, buffer in model.named_buffers():
-            meter.adopt(buffer, path, "buffer", "buffers")
         with meter.watching(model, workload.sites(model)), meter:
+            for path, tensor, operator, component in workload.standing(job):
+                meter.adopt(tensor, path, operator, component)
             job.step(meter.phase)
             _own_states(meter, job.optimizer)
             meter.begin_steady_step()
             job.step(meter.phase)
-        return meter.trace()
+        return meter.trace(), optimizers.managed_bytes(model, job.optimizer, layers, how)
 
 
 def _own_states(meter: Any, optimizer: Any) -> None:
-    """Give the optimizer's tensors to their parameters; a step count on the host is no memory."""
+    """Give the optimizer's tensors to their parameters; forget those outside device memory."""
     import torch
 
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if not isinstance(value, torch.Tensor):
                 continue
-            if name == "step" and not optimizer.defaults.get("fused"):
+            if optimizers.is_on_host(optimizer, name):
+                meter.drop(value)
+            elif optimizers.is_managed(optimizer, parameter, name):
                 meter.drop(value)
             else:
                 meter.own(value, parameter, "optimizer_states")

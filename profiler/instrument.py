@@ -309,9 +309,11 @@ class Meter(TorchDispatchMode):
             known = self._known.scalar(func, args)
             if known is not None:
                 return known
-            kernel = self._kernels.get(func) if self._kernels is not None else func
-            out = kernel(*args, **kwargs)
-            self._known.follow(func, args, kwargs, out)
+            out = self._known.counted(func, args)
+            if out is None:
+                kernel = self._kernels.get(func) if self._kernels is not None else func
+                out = kernel(*args, **kwargs)
+                self._known.follow(func, args, kwargs, out)
         self._born(func, args, out, path, layer)
         return out
 

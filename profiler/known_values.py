@@ -16,6 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 # A batch of token ids is far below this; an S x S mask is above it and is never asked for.
 _MAX_ELEMENTS: Final = 2**20
 _READ: Final = torch.ops.aten._local_scalar_dense.default
+# The shape of their result is the number of values that pass a test.
+_COUNTING: Final = (torch.ops.aten.nonzero.default,)
 _EXACT: Final = (torch.bool, torch.uint8, torch.int32, torch.int64)
 
 
@@ -34,6 +36,19 @@ class KnownValues:
             return None
         with unset_fake_temporarily():
             return twin.item()
+
+    def counted(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Return the fake result of an operator whose result has as many rows as values pass.
+
+        None if it is no such operator, or if the values are not known.
+        """
+        if func not in _COUNTING or not all(map(self._is_known, args)):
+            return None
+        with unset_fake_temporarily():
+            twin = func(*map(self._twin, args))
+        out = torch.empty(twin.shape, dtype=twin.dtype)
+        self._twins[out] = twin
+        return out
 
     def follow(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
-from estimator.errors import InvalidRequestError, UnsupportedCombinationError
-from estimator.request import EstimateRequest
+from estimator.errors import InvalidRequestError, MissingDependencyError
+from estimator.request import EstimateRequest, Optimizer
+from profiler.unroll import Shortening
+
+LEARNING_RATE: Final = 1e-5
+# bitsandbytes/optim/optimizer.py, get_state_buffer: smaller states are never paged.
+_SMALLEST_PAGED: Final = 100_000
+_IMPLEMENTATIONS: Final = ("foreach", "fused", "single")
 
 
 def build(model: Any, request: EstimateRequest) -> Any:
@@ -13,28 +20,209 @@ def build(model: Any, request: EstimateRequest) -> Any:
 
     Raises:
         InvalidRequestError: the optimizer, or the implementation of it, is not known.
+        MissingDependencyError: bitsandbytes is needed and not installed.
     """
-    import torch
-
-    name, implementation = request.optimizer.name, request.optimizer.implementation
+    asked = request.optimizer
+    if asked.name not in _BUILDERS:
+        known = ", ".join(sorted(_BUILDERS))
+        raise InvalidRequestError(f"unknown optimizer {asked.name!r}; known: {known}")
+    build_one = _BUILDERS[asked.name]
     groups = parameter_groups(model)
-    flags = {"foreach": implementation == "foreach", "fused": implementation in ("fused", None)}
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=1e-5, **flags)
-    if name == "adam":
-        return torch.optim.Adam(groups, lr=1e-5, **flags)
-    raise InvalidRequestError(f"unknown optimizer {name!r}")
+    if request.precision == "master_bf16":
+        return MasterCopies(groups, lambda masters: build_one(model, masters, asked))
+    return build_one(model, groups, asked)
 
 
 def parameter_groups(model: Any) -> list[dict[str, Any]]:
     """Return the parameters with and without weight decay, as `Trainer.create_optimizer` does."""
-    from transformers.trainer_pt_utils import get_parameter_names
     import torch
+    from transformers.trainer_pt_utils import get_parameter_names
 
     patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for n, p in trainable if n in decayed], "weight_decay": 0.0},
-        {"params": [p for n, p in trainable if n not in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if name in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
     ]
+
+
+class MasterCopies:
+    """fp32 copies of 16-bit parameters, in the order of events of Megatron-LM.
+
+    The gradients are copied to fp32 one by one and dropped, the optimizer steps on the copies, and
+    the result is copied back.
+
+    Source: megatron/core/optimizer/optimizer.py, Float16OptimizerWithFloat16Params.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], build_inner: Callable[[list[dict[str, Any]]], Any]
+    ) -> None:
+        import torch
+
+        self.masters: list[tuple[Any, Any]] = []
+        copied = []
+        for group in groups:
+            mains = []
+            for parameter in group["params"]:
+                main = parameter
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    main = torch.nn.Parameter(parameter.detach().float())
+                    self.masters.append((parameter, main))
+                mains.append(main)
+            copied.append({**group, "params": mains})
+        self.inner = build_inner(copied)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings of the optimizer inside."""
+        settings: dict[str, Any] = self.inner.defaults
+        return settings
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """States by model parameter, the fp32 copy among them."""
+        models = {id(main): parameter for parameter, main in self.masters}
+        states = {
+            models.get(id(parameter), parameter): state
+            for parameter, state in self.inner.state.items()
+        }
+        return {
+            **states,
+            **{
+                parameter: {"master": main, **states.get(parameter, {})}
+                for parameter, main in self.masters
+            },
+        }
+
+    def step(self) -> None:
+        """Copy gradients over, update, copy parameters back."""
+        import torch
+
+        for parameter, main in self.masters:
+            if parameter.grad is not None:
+                main.grad = parameter.grad.float()
+                parameter.grad = None
+        self.inner.step()
+        with torch.no_grad():
+            for parameter, main in self.masters:
+                parameter.copy_(main)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the copies and of the parameters that need none."""
+        self.inner.zero_grad(set_to_none=set_to_none)
+        for parameter, _ in self.masters:
+            parameter.grad = None
+
+
+def is_on_host(optimizer: Any, name: str) -> bool:
+    """Whether an optimizer keeps this state in host memory: the step count, unless fused."""
+    return name == "step" and not optimizer.defaults.get("fused")
+
+
+def is_managed(optimizer: Any, parameter: Any, name: str) -> bool:
+    """Whether an optimizer keeps this state in CUDA managed memory, outside torch's counters."""
+    inner = getattr(optimizer, "inner", optimizer)
+    paged = getattr(inner, "is_paged", False) and parameter.numel() >= _SMALLEST_PAGED
+    return paged and name in ("state1", "state2")
+
+
+def managed_bytes(model: Any, optimizer: Any, layers: str | None, how: Shortening | None) -> int:
+    """Return the managed memory of all states of the whole model [bytes]."""
+    paths = {id(parameter): path for path, parameter in model.named_parameters()}
+    total = 0
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if is_managed(optimizer, parameter, name):
+                size = value.numel() * value.element_size()
+                total += size * (how.weight(paths[id(parameter)], layers) if how else 1)
+    return total
+
+
+def _torch_flags(asked: Optimizer, default: str) -> dict[str, bool]:
+    chosen = asked.implementation or default
+    return {"foreach": chosen == "foreach", "fused": chosen == "fused"}
+
+
+def _adamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return what `TrainingArguments.optim` means by adamw_torch_fused and adamw_torch."""
+    import torch
+
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, **_torch_flags(asked, "fused"))
+
+
+def _adam(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    import torch
+
+    return torch.optim.Adam(groups, lr=LEARNING_RATE, **_torch_flags(asked, "fused"))
+
+
+def _sgd(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return torch's SGD; on CUDA it takes foreach by itself."""
+    import torch
+
+    flags = _torch_flags(asked, "foreach")
+    return torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=asked.momentum, **flags)
+
+
+def _adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    from transformers.optimization import Adafactor
+
+    _refuse_implementation(asked)
+    return Adafactor(groups, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)
+
+
+def _adamw_8bit(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    return _bitsandbytes(model, groups, asked, is_paged=False)
+
+
+def _paged_adamw_8bit(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    return _bitsandbytes(model, groups, asked, is_paged=True)
+
+
+def _bitsandbytes(
+    model: Any, groups: list[dict[str, Any]], asked: Optimizer, *, is_paged: bool
+) -> Any:
+    """Return bitsandbytes' AdamW with 8-bit states, and 32-bit ones for embeddings (Trainer)."""
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    try:
+        from bitsandbytes.optim import AdamW, GlobalOptimManager
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"optimizer {asked.name!r} needs bitsandbytes; run: pip install bitsandbytes"
+        ) from error
+    _refuse_implementation(asked)
+    with unset_fake_temporarily():
+        # Its code books are computed from data when it is built.
+        optimizer = AdamW(groups, lr=LEARNING_RATE, optim_bits=8, is_paged=is_paged)
+    optimizer.name2qmap = {
+        name: torch.ones(table.numel()) for name, table in optimizer.name2qmap.items()
+    }
+    # The manager is one for the whole process and remembers parameters by their address.
+    manager = object.__new__(GlobalOptimManager)
+    manager.initialize()
+    optimizer.mng = manager
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
+
+
+def _refuse_implementation(asked: Optimizer) -> None:
+    if asked.implementation is not None:
+        raise InvalidRequestError(
+            f"optimizer {asked.name!r} has one implementation; leave out {asked.implementation!r}"
+        )
+
+
+_BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]]] = {
+    "adam": _adam,
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "adamw_8bit": _adamw_8bit,
+    "paged_adamw_8bit": _paged_adamw_8bit,
+}

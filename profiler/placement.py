@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from profiler import quantized
+
 
 def place(model: Any, device: str) -> None:
     """Replace every meta parameter and buffer by one on `device`; tied tensors stay tied.
@@ -23,6 +25,8 @@ def place(model: Any, device: str) -> None:
         return torch.nn.Parameter(data, requires_grad=meta.requires_grad)
 
     for module in model.modules():
+        if quantized.is_4bit(module):
+            quantized.pack(module, device)
         for name, meta in module._parameters.items():
             if meta is not None and meta.is_meta:
                 if id(meta) not in placed:

@@ -67,11 +67,7 @@ def parameters(model: Any, how: Shortening | None) -> Parameters:
     path = layers_path(model)
     total = trainable = 0
     for name, tensor in model.named_parameters():
-        count = tensor.numel()
-        if how is not None and path is not None and name.startswith(f"{path}."):
-            index = int(name[len(path) + 1 :].partition(".")[0])
-            if how.head <= index < how.head + how.period:
-                count *= how.copies + 1
+        count = tensor.numel() * (how.weight(name, path) if how else 1)
         total += count
         trainable += count if tensor.requires_grad else 0
     return Parameters(total=total, trainable=trainable, active=total)

@@ -75,6 +75,18 @@ class Shortening:
         """How many periods the short stack lacks."""
         return (self.num_layers - self.num_traced) // self.period
 
+    def weight(self, path: str, layers: str | None) -> int:
+        """Return for how many parameters of the whole model one of the short stack stands.
+
+        Args:
+            path: dotted path of the parameter.
+            layers: dotted path of the list of layers.
+        """
+        if layers is None or not path.startswith(f"{layers}."):
+            return 1
+        index = int(path[len(layers) + 1 :].partition(".")[0])
+        return self.copies + 1 if self.head <= index < self.head + self.period else 1
+
     def selected(self, per_layer: Sequence[_Entry]) -> list[_Entry]:
         """Return the entries of the layers that stay, out of one entry for each layer."""
         behind = self.head + self.period

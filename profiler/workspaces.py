@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from estimator.units import round_up
+from profiler import quantized
 
 aten = torch.ops.aten
 
@@ -37,25 +38,50 @@ Buffers = Iterable[tuple[str, int]]
 
 
 class Workspaces:
-    """The kernels of one GPU generation.
+    """The kernels of one GPU.
 
     Args:
         compute_capability: of the GPU.
+        multiprocessors: streaming multiprocessors of the GPU.
         cublas_bytes: workspace of one cuBLAS handle [bytes].
     """
 
-    def __init__(self, compute_capability: tuple[int, int], cublas_bytes: int) -> None:
-        self.compute_capability = compute_capability
+    def __init__(
+        self, compute_capability: tuple[int, int], multiprocessors: int, cublas_bytes: int
+    ) -> None:
         self.cublas_bytes = cublas_bytes
+        self._device = (compute_capability, multiprocessors)
 
     def of(self, func: Any, args: tuple[Any, ...], out: Any) -> Buffers:
         """Return the name and size of each buffer that the kernel of an operator takes [bytes]."""
-        table = _TABLE.get(func)
-        return table(args, out) if table else ()
+        if func in _TABLE:
+            return _TABLE[func](args, out)
+        if func.name() == "bitsandbytes::gemm_4bit":
+            return self._gemm_4bit(args)
+        return ()
 
     def is_matmul(self, func: Any) -> bool:
         """Whether the operator runs through cuBLAS."""
         return func in _MATMULS
+
+    def _gemm_4bit(self, args: tuple[Any, ...]) -> Buffers:
+        """Bytes that a product with a 4-bit weight takes where the weight is unpacked first.
+
+        Shapes:
+            unpacked weight                      [n, k]         as the input
+            scales, unpacked, with double quantization   2 x [n * k / 64]   fp32
+
+        Source: bitsandbytes/backends/cuda/ops.py, `_dequant_linear_fallback`.
+        """
+        tensor, (out_features, in_features) = args[0], args[2]
+        tokens = tensor.numel() // in_features
+        if quantized.is_fused(*self._device, tensor.dtype, tokens, out_features, in_features):
+            return
+        blocks = -(-out_features * in_features // args[4])
+        if len(args) > 7 and args[7] is not None:
+            yield "unpacked scales", 4 * blocks
+            yield "unpacked scales, shifted", 4 * blocks
+        yield "unpacked weight", tensor.element_size() * out_features * in_features
 
 
 def flash_backward(args: tuple[Any, ...], _: Any) -> Buffers:
@@ -76,6 +102,30 @@ def flash_backward(args: tuple[Any, ...], _: Any) -> Buffers:
     yield "dq_accum", 4 * batch * rounded_len * heads * rounded_dim
     if key.shape[1] != heads:
         expanded = query.element_size() * batch * key.shape[2] * heads * head_dim
+        yield "dk_expanded", expanded
+        yield "dv_expanded", expanded
+
+
+def flash_package_backward(args: tuple[Any, ...], _: Any) -> Buffers:
+    """Bytes that the flash-attn package's backward takes beside its three gradients.
+
+    Shapes:
+        dq_accum      [b, S128, H, d32] fp32, or for a ragged batch [t + 128 b, H, d32]
+        softmax_d     [b, H, S128] fp32, or for a ragged batch [H, t + 128 b]
+        dk, dv expanded to all query heads, with grouped heads   as the queries, x 2
+
+    Source: flash-attn 2.8, csrc/flash_attn/flash_api.cpp, mha_bwd and mha_varlen_bwd.
+    """
+    query, key, cu_seqlens = args[1], args[2], args[6]
+    *_, heads, head_dim = query.shape
+    if cu_seqlens is None:
+        rows = query.shape[0] * round_up(query.shape[1], _FLASH_ROUND)
+    else:
+        rows = query.shape[0] + _FLASH_ROUND * (cu_seqlens.shape[0] - 1)
+    yield "softmax_d", 4 * heads * rows
+    yield "dq_accum", 4 * rows * heads * round_up(head_dim, 32 if head_dim <= 128 else 64)
+    if key.shape[-2] != heads:
+        expanded = query.element_size() * key.numel() // key.shape[-2] * heads
         yield "dk_expanded", expanded
         yield "dv_expanded", expanded
 
@@ -146,6 +196,7 @@ def embedding_backward(args: tuple[Any, ...], _: Any) -> Buffers:
 
 _TABLE: Final[dict[Any, Callable[[tuple[Any, ...], Any], Buffers]]] = {
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten._flash_attention_backward.default: flash_package_backward,
     aten._scaled_dot_product_efficient_attention.default: efficient_forward,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
     aten._safe_softmax.default: safe_softmax,

@@ -14,7 +14,7 @@ from estimator.dtypes import DType
 from estimator.eager import ops
 from estimator.eager.checkpoint import checkpoint
 from estimator.eager.engine import backward
-from estimator.eager.size import BATCH, SEQ
+from estimator.eager.size import BATCH, SEQ, dim
 from estimator.eager.tensor import (
     Birth,
     Death,
@@ -25,6 +25,7 @@ from estimator.eager.tensor import (
     Tape,
     Tensor,
     TensorKind,
+    view,
 )
 from estimator.memory.loss import LOSSES
 from estimator.model.forward import Forward
@@ -121,7 +122,9 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     tape.grads_exist = run.accumulates
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
-    batch = [_input(tape, name) for name in ("input_ids", "attention_mask", "labels")]
+    batch = [
+        _input(tape, name, run.micro_batches) for name in ("input_ids", "attention_mask", "labels")
+    ]
     tape.autocast_enabled = run.autocast is not None
     loss, outputs = _forward(run, forward, kinds, batch)
     tape.cast_cache.clear()
@@ -160,8 +163,13 @@ def _activation_dtype(run: Run) -> DType:
     return run.spec.embeddings[0].dtype
 
 
-def _input(tape: Tape, name: str) -> Tensor:
-    return tape.new(name, (BATCH, SEQ), DType.INT64, INPUTS, "buffers")
+def _input(tape: Tape, name: str, micro_batches: int) -> Tensor:
+    """Return one input of this micro-batch; the Trainer fetches those of a whole step at once."""
+    shape = (BATCH, SEQ)
+    if micro_batches == 1:
+        return tape.new(name, shape, DType.INT64, INPUTS, "buffers")
+    of_step = tape.new(name, (dim("n", micro_batches), *shape), DType.INT64, INPUTS, "buffers")
+    return view(of_step, shape)
 
 
 class _Outputs:

@@ -52,7 +52,7 @@ class Training:
 
     stage: ClassVar[Stage] = Stage.TRAIN
     optimizer: OptimizerChoice
-    accumulates: bool
+    micro_batches: int
     keeps_outputs: bool
     use_cache: bool
 
@@ -62,7 +62,7 @@ class Training:
         return replace(
             run,
             optimizer=optimizer,
-            accumulates=self.accumulates,
+            micro_batches=self.micro_batches,
             keeps_outputs=self.keeps_outputs,
             settings=replace(run.settings, keeps_cache=self.use_cache),
         )

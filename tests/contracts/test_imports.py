@@ -1,0 +1,92 @@
+"""Who may import whom, and what an estimate loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Each step may import itself and what stands after it.
+ORDER = (
+    ("cli", "__main__"),
+    ("commands",),
+    ("flags", "engines", "plugins", "nvml", "request_file", "render", "service"),
+    ("planner",),
+    ("pipeline",),
+    ("resolve",),
+    ("request",),
+    ("result",),
+    ("calibration", "verdict"),
+    ("memory", "techniques"),
+    ("run",),
+    ("model",),
+    ("catalog",),
+    ("hub", "config_file"),
+    ("eager",),
+    ("components", "dtypes"),
+    ("errors", "sources", "units"),
+)
+RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
+
+HEAVY = ("torch", "numpy", "fastapi", "rich", "huggingface_hub", "transformers", "plotly")
+
+ESTIMATE = """
+import sys
+import estimator.service
+from estimator.render.document import to_json
+result = estimator.service.estimate({"model": "meta-llama/Llama-3.1-8B", "method": "qlora"})
+assert to_json(result)
+print("\\n".join(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_the_import_contracts_of_the_project_hold():
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def _top_level_imports(path: Path) -> set[str]:
+    """Return the estimator's modules that a file imports when it is loaded."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("estimator."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "estimator":
+            found |= {each.name for each in node.names if each.name in RANKS}
+    return found
+
+
+def _module(path: Path) -> str:
+    return path.relative_to(ROOT / "estimator").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(ROOT.glob("estimator/**/*.py")),
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_imports_point_one_way(path):
+    own = _module(path)
+    if own == "__init__":
+        assert _top_level_imports(path) == set()
+        return
+    assert own in RANKS, f"{own} has no place in the order of imports"
+    wrong = {each for each in _top_level_imports(path) - {own} if RANKS[each] < RANKS[own]}
+    assert wrong == set()
+
+
+def test_an_estimate_loads_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-c", ESTIMATE],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) & {*HEAVY, "profiler", "web"} == set()
