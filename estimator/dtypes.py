@@ -16,6 +16,9 @@ class DType(Enum):
     UINT8 = ("uint8", 1)
     BOOL = ("bool", 1)
 
+    # Members are single objects; Enum would hash the name in Python at every look-up.
+    __hash__ = object.__hash__
+
     def __init__(self, label: str, width: int) -> None:
         self.label = label
         self.width = width

@@ -26,12 +26,16 @@ from estimator.memory.ledger import Entry
 from estimator.memory.replay import Blocks, blocks
 from estimator.memory.standing import managed_bytes
 from estimator.memory.timeline import Moment, Step, compile_step
+from estimator.memory.trace import Trace, trace
+from estimator.model.spec import Linear
 from estimator.request import EstimateRequest
 from estimator.resolve import check_length, resolve
 from estimator.result import Capacity, Limits, Parameters, Peak, Range, Result, Verdict
 from estimator.run import Run
 from estimator.techniques.software import PROFILES
 from estimator.verdict import judge
+
+Traces = dict[Regime, Trace]
 
 SORTED_EMBEDDING_TOKENS = 3072
 FUSED_4BIT_TOKENS = 1536
@@ -59,9 +63,13 @@ class Reading:
 
 
 class Engine:
-    """The analytic engine for one model and recipe, at any micro-batch and length."""
+    """The analytic engine for one model and recipe, at any micro-batch and length.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        traces: what was traced of this recipe, whatever the optimizer; new ones are added.
+    """
+
+    def __init__(self, run: Run, traces: Traces) -> None:
         self.run = run
         self.managed = managed_bytes(run)
         self.windows = tuple(
@@ -73,6 +81,14 @@ class Engine:
             or run.spec.broadcasts_keys
             or (run.autocast is None and not run.spec.embeddings[0].dtype.is_half)
         )
+        self.trains_embeddings = any(
+            weight.trainable for module in run.spec.embeddings for weight in module.weights()
+        )
+        self.packs_weights = any(
+            isinstance(module, Linear) and module.format is not None
+            for module, _ in run.spec.module_counts()
+        )
+        self._traces = traces
         self._steps: dict[Regime, Step] = {}
         self._replayed: tuple[tuple[int, int, int], Blocks] | None = None
 
@@ -80,14 +96,20 @@ class Engine:
         """Return the moments of the step in the regime of this micro-batch and length."""
         regime = self._regime(micro_batch_size, seq_len)
         if regime not in self._steps:
-            self._steps[regime] = compile_step(self.run, regime)
+            self._steps[regime] = compile_step(self.run, self._trace(regime))
         return self._steps[regime]
 
+    def _trace(self, regime: Regime) -> Trace:
+        if regime not in self._traces:
+            self._traces[regime] = trace(self.run, regime)
+        return self._traces[regime]
+
     def _regime(self, micro_batch_size: int, seq_len: int) -> Regime:
+        """Return the switches; one that this run has no use for stays where it is."""
         tokens = micro_batch_size * seq_len
         return Regime(
-            sorts_embedding_gradient=tokens > SORTED_EMBEDDING_TOKENS,
-            dequantizes=tokens > FUSED_4BIT_TOKENS,
+            sorts_embedding_gradient=self.trains_embeddings and tokens > SORTED_EMBEDDING_TOKENS,
+            dequantizes=self.packs_weights and tokens > FUSED_4BIT_TOKENS,
             exceeds_window=any(seq_len >= window for window in self.windows),
             several_rows=micro_batch_size > 1 or not self.multiplies_scores,
         )
@@ -151,9 +173,10 @@ def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
 def engine_for(request: EstimateRequest, config: Mapping[str, Any], name: str) -> Engine:
     """Return the engine of a request's model and recipe; the latest are kept."""
     recipe = request.model_dump_json(
-        exclude={"model", "micro_batch_size", "seq_len", "hardware", "confidence"}
+        exclude={"model", "micro_batch_size", "seq_len", "hardware", "confidence", "optimizer"}
     )
-    engine = _engine(_Asked(request, config, name, (name, id(config), recipe)))
+    key = (name, id(config), recipe, request.optimizer)
+    engine = _engine(_Asked(request, config, name, key))
     check_length(engine.run.spec, request.seq_len)
     return engine
 
@@ -180,7 +203,14 @@ class _Asked:
 
 @lru_cache(maxsize=128)
 def _engine(asked: _Asked) -> Engine:
-    return Engine(resolve(asked.request, asked.config, asked.name))
+    same_but_optimizer = _Asked(asked.request, asked.config, asked.name, asked.key[:-1])
+    return Engine(resolve(asked.request, asked.config, asked.name), _traces(same_but_optimizer))
+
+
+@lru_cache(maxsize=128)
+def _traces(asked: _Asked) -> Traces:
+    """Return the traces that the optimizers of one recipe share; the step comes after them all."""
+    return {}
 
 
 def answer(

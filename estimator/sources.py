@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Cite:
+class Cite(NamedTuple):
     """A source and the exact place in it: equation, table and row, or file and function."""
 
     key: str
@@ -17,8 +15,7 @@ class Cite:
         return f"{self.key}: {self.where}"
 
 
-@dataclass(frozen=True, slots=True)
-class Assumption:
+class Assumption(NamedTuple):
     """A number that we chose; it has a reason instead of a source, and users see it."""
 
     reason: str
@@ -27,8 +24,7 @@ class Assumption:
         return f"assumed: {self.reason}"
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """A paper, a pinned version of upstream code, or a measurement of ours."""
 
     kind: Literal["paper", "code", "measurement"]

@@ -27,7 +27,7 @@ def main(model: str, gpu: str) -> None:
     """Print one line for each recipe."""
     for name, recipe in RECIPES.items():
         result = estimate({"model": model, "hardware": gpu, "seq_len": 1024, **recipe})
-        need = result.peak.device_used_bytes.expected / 2**30
+        need = result.peak.needed_bytes.high / 2**30
         length = result.limits.max_seq_len
         print(f"{name:28} {result.verdict:14} {need:7.2f} GiB   longest sequence {length}")
 

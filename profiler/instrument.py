@@ -27,6 +27,7 @@ from profiler.known_values import KnownValues
 from profiler.workspaces import Workspaces
 
 _DEVICE: Final = torch.ops.prim.device.default
+_COPY: Final = torch.ops.aten._to_copy.default
 _ADD: Final = torch.ops.aten.add.Tensor
 # What autograd's C++ code does in place on a tensor of its own, unless a tensor subclass or any
 # dispatch mode is about: torch/csrc/autograd/input_buffer.cpp (`accumulate`) for the sum of
@@ -126,6 +127,7 @@ class Meter(TorchDispatchMode):
         self._parents: dict[int, tuple[int, ...]] = {}
         self._cublas: set[str] = set()
         self._sites: dict[str, str] = {}
+        self._worked_for: tuple[str, int | None] = ("", None)
         self._steady_from = 0
 
     # -- what the driver tells ------------------------------------------------------------------
@@ -133,6 +135,7 @@ class Meter(TorchDispatchMode):
     def phase(self, name: str) -> None:
         """Begin a phase of the step."""
         self._layer = None
+        self._worked_for = ("", None)
         if name == trace.LOSS_FORWARD:
             self._loss_sequence = torch._C._autograd._get_sequence_nr()
         elif name == trace.FORWARD:
@@ -299,8 +302,10 @@ class Meter(TorchDispatchMode):
             return func(*args, **kwargs)
         path, layer = self._place()
         if self._phase == trace.OPTIMIZER_STEP:
-            # An operator on one tensor works for that tensor's layer; one on lists, for all.
-            path, layer = self._owner_of(args[0]) if args else ("", None)
+            # An operator on one tensor works for that tensor's layer, one on lists for all layers,
+            # and one that makes a tensor of nothing for whoever was worked for before.
+            path, layer = self._owner_of(args[0]) if _holds_tensors(args) else self._worked_for
+            self._worked_for = (path, layer)
         self._layer = layer
         twin, references = _IN_PLACE_TWINS.get(func, (None, 0))
         if twin is not None and self._in_place and self._overwrites(args, kwargs, references):
@@ -351,9 +356,10 @@ class Meter(TorchDispatchMode):
                 continue
             if updating and lists and position < len(args[0]):
                 path, layer = self._owner_of(args[0][position])
-            self._register(
-                tensor, str(func), path, layer, "workspace" if updating else "activations"
-            )
+            component: Component = "activations"
+            if updating:
+                component = "gradients" if self._copies_gradient(func, args) else "workspace"
+            self._register(tensor, str(func), path, layer, component)
         if func is _ADD and not torch.is_grad_enabled():
             self._remember_parents(args, out)
         if self._workspaces is not None:
@@ -367,6 +373,13 @@ class Meter(TorchDispatchMode):
             if index is not None:
                 return self._records[index].module, self._records[index].layer
         return "", None
+
+    def _copies_gradient(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether an optimizer makes a copy of a gradient in another type, to step with it."""
+        if func is not _COPY:
+            return False
+        index = self._index.get(args[0].untyped_storage()._cdata)
+        return index is not None and self._records[index].component == "gradients"
 
     def _remember_parents(self, args: tuple[Any, ...], out: Any) -> None:
         """A sum of gradients that becomes `.grad` makes gradients of what was summed."""
@@ -422,7 +435,10 @@ class Meter(TorchDispatchMode):
         self._record_event(index, is_alloc=True)
 
     def _record_event(self, index: int, *, is_alloc: bool) -> None:
-        self._events.append(trace.Event(index, is_alloc, self._phase, self._layer))
+        # An optimizer's state belongs to its parameter, which may be learnt only after its birth.
+        by_owner = is_alloc and self._phase == trace.OPTIMIZER_STEP
+        layer = None if by_owner else self._layer
+        self._events.append(trace.Event(index, is_alloc, self._phase, layer))
 
     def _transients(
         self, buffers: Iterable[tuple[str, int]], path: str, layer: int | None
@@ -493,6 +509,13 @@ def _called_by_engine() -> bool:
             return False
         frame = frame.f_back
     return False
+
+
+def _holds_tensors(args: tuple[Any, ...]) -> bool:
+    first = args[0] if args else None
+    if isinstance(first, (list, tuple)):
+        return any(isinstance(item, torch.Tensor) for item in first)
+    return isinstance(first, torch.Tensor)
 
 
 def _tensors(out: Any) -> Iterator[torch.Tensor]:

@@ -65,7 +65,7 @@ def pack(module: Any, device: str) -> None:
         scales                           [n * k / 64]        fp32; uint8 when quantized again
         code book                        [16]                fp32
         with double quantization: scales of scales [n * k / 64 / 256] fp32, their code book [256]
-        fp32, which all layers share, and their mean, one fp32
+        fp32, and the mean of the scales, one fp32
 
     Source: bitsandbytes/functional.py, quantize_4bit and quantize_blockwise.
     """

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from estimator.components import Component
 from estimator.errors import (
     InvalidConfigError,
     InvalidRequestError,
@@ -22,7 +23,7 @@ from estimator.errors import (
     UnsupportedModelError,
 )
 from estimator.request import EstimateRequest, Lora
-from profiler import optimizers, trace
+from profiler import optimizers, quantized, trace
 from profiler.placement import place
 
 PhaseCallback = Callable[[str], None]
@@ -148,6 +149,24 @@ def start(model: Any, request: EstimateRequest, device: str) -> Workload:
         request=request,
         device=device,
     )
+
+
+def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
+    """Yield what lives before the first step: the tensor, its owner, what it is, its component."""
+    for path, parameter in job.model.named_parameters():
+        yield parameter, path, "parameter", "weights"
+    for path, module in job.model.named_modules():
+        if quantized.is_4bit(module):
+            for name, tensor in quantized.tensors(module).items():
+                yield tensor, f"{path}.weight.{name}", "quantization state", "weights"
+    for path, buffer in job.model.named_buffers():
+        yield buffer, path, "buffer", "buffers"
+    paths = {id(parameter): path for path, parameter in job.model.named_parameters()}
+    for parameter, state in job.optimizer.state.items():
+        for tensor in state.values():
+            yield tensor, paths[id(parameter)], "master copy", "optimizer_states"
+    for name, table in getattr(job.optimizer, "name2qmap", {}).items():
+        yield table, "", f"code book {name}", "optimizer_states"
 
 
 def refuse_unsupported(request: EstimateRequest) -> None:
@@ -288,8 +307,6 @@ def bare_model(request: EstimateRequest, config: Any) -> Any:
 
 def _quantized(model: Any, request: EstimateRequest) -> Any:
     """Replace the linear layers by bitsandbytes' 4-bit ones, as `from_pretrained` does."""
-    from profiler import quantized
-
     peft = _import("peft")
     _import("bitsandbytes")
     assert request.quantization is not None

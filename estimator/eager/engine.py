@@ -78,7 +78,7 @@ def _run(node: Node, grads: list[Tensor | None]) -> list[Tensor | None]:
         grad = out[number]
         if grad is None or meta is None:
             continue
-        if elements(grad.shape) != elements(meta[0]):
+        if grad.shape != meta[0] and elements(grad.shape) != elements(meta[0]):
             out[number] = grad = node.new_grad(number, meta[0], grad.dtype)
         if grad.dtype is not meta[1]:
             out[number] = grad = node.new_grad(number)

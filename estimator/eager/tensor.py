@@ -44,8 +44,7 @@ Live = dict[int, int]
 """Number of living tensors of each kind, by the kind's index in `Tape.kinds`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Instant:
+class Instant(NamedTuple):
     """A local maximum of the live bytes: where in the step it lies, what is alive, its sum."""
 
     site: int
@@ -196,8 +195,7 @@ class Edge(NamedTuple):
     output: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Regime:
+class Regime(NamedTuple):
     """Switches that kernels take by size; between two of them every size is a polynomial.
 
     Args:
@@ -365,24 +363,25 @@ class Tape:
                 input wants none; `grads` holds one gradient (or None) for each output. It must not
                 close over a tensor: the graph would keep that tensor alive.
         """
-        edges = tuple(_edge(each) for each in inputs)
+        # Lists first: this runs for every operator, and a generator costs more than its items.
+        edges = tuple([_edge(each) for each in inputs])
         if not any(edges):
             return
-        metas = tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+        metas = tuple([None if each is None else (each.shape, each.dtype) for each in inputs])
         frame = self.frame
-        packed = [
-            frame.pack(each) if frame is not None and isinstance(each, Tensor) else each
-            for each in saved
-        ]
+        if frame is None:
+            packed = list(saved)
+        else:
+            packed = [frame.pack(each) if isinstance(each, Tensor) else each for each in saved]
         node = Node(self, self.prefix + name, edges, metas, packed, rule, len(outputs))
         for number, output in enumerate(outputs):
             output.edge = Edge(node, number)
 
 
 def _edge(source: Tensor | Param | None) -> Edge | None:
-    if isinstance(source, Param):
-        return Edge(source) if source.requires_grad else None
-    return source.edge if source is not None else None
+    if isinstance(source, Tensor):
+        return source.edge
+    return Edge(source) if source is not None and source.requires_grad else None
 
 
 def view(tensor: Tensor, shape: Shape) -> Tensor:
@@ -403,19 +402,16 @@ def reshaped(grad: Tensor, shape: Shape) -> Tensor:
     return Tensor(grad.tape, shape, grad.dtype, grad.storage, base=grad.base or grad)
 
 
-class Birth(NamedTuple):
-    """A tensor is allocated: what kind of tensor, and where in the step."""
+Event = tuple[int, "int | None"]
+"""A tensor's number, and its kind where it is allocated or None where it is freed."""
 
-    serial: int
-    kind: int
+
+class Section(NamedTuple):
+    """What is allocated and freed from the first allocation at a place of the step to the next."""
+
     phase: str
     site: int
-
-
-class Death(NamedTuple):
-    """A tensor is freed."""
-
-    serial: int
+    events: tuple[Event, ...]
 
 
 class RecordingTape(Tape):
@@ -426,12 +422,23 @@ class RecordingTape(Tape):
 
     def __init__(self, autocast: DType | None = None, regime: Regime | None = None) -> None:
         super().__init__(autocast, regime)
-        self.log: list[Birth | Death] = []
+        self._serial = 0
+        self._place: tuple[str, int] | None = None
+        self._events: list[Event] = []
+        self._log: list[tuple[str, int, list[Event]]] = []
 
     def born(self, kind: int) -> int:
-        serial = len(self.log)
-        self.log.append(Birth(serial, kind, self.phase, self.site))
-        return serial
+        if self._place != (self.phase, self.site):
+            self._place = (self.phase, self.site)
+            self._events = []
+            self._log.append((self.phase, self.site, self._events))
+        self._serial += 1
+        self._events.append((self._serial, kind))
+        return self._serial
 
     def died(self, kind: int, serial: int) -> None:
-        self.log.append(Death(serial))
+        self._events.append((serial, None))
+
+    def sections(self) -> tuple[Section, ...]:
+        """Return what has happened so far."""
+        return tuple(Section(phase, site, tuple(events)) for phase, site, events in self._log)

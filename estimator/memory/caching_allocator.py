@@ -511,6 +511,16 @@ class CachingAllocator:
         self._peak_active = self._active
 
     @property
+    def allocated_bytes(self) -> int:
+        """Blocks that are handed out now."""
+        return self._allocated
+
+    @property
+    def requested_bytes(self) -> int:
+        """What was asked for of the blocks in use now."""
+        return self._requested
+
+    @property
     def stats(self) -> Stats:
         """The counters at this moment."""
         return Stats(

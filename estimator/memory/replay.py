@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from estimator.eager.size import Polynomial
-from estimator.eager.tensor import Birth, Regime
+from estimator.eager.tensor import Regime
 from estimator.memory.caching_allocator import CachingAllocator
 from estimator.memory.standing import optimizer_states, step_temporaries, trained_tensors
 from estimator.memory.trace import Recording, record
@@ -72,51 +72,51 @@ def _states(run: Run) -> Iterator[int]:
 
 
 class _Replayer:
-    """Feeds steps to the allocator and remembers, for each moment, its highest point."""
+    """Feeds steps to the allocator and remembers, for each moment, its highest point.
+
+    Tensors of the step are known to the allocator by their number, all else by what it is.
+    """
 
     def __init__(self, recording: Recording, at: Polynomial, workspace: int) -> None:
         self.recording = recording
         self.sizes = [kind.size[0] * at[kind.size[1]] for kind in recording.kinds]
         self.workspace = workspace
         self.allocator = CachingAllocator()
-        self.round = 0
-        self.asked = 0
-        self.handed = 0
-        self.charged: dict[tuple[int, int], tuple[int, int]] = {}
+        self.warm: set[str] = set()
         self.highest: dict[str, tuple[int, int]] = {}
 
     def load(self, sizes: Iterator[int]) -> None:
         """Allocate what is there before the first step."""
         for number, size in enumerate(sizes):
-            self._allocate((-1, number), size)
+            self.allocator.malloc(("loaded", number), size)
 
     def step(self) -> None:
         """Run forward and backward."""
-        self.round += 1
-        names: dict[tuple[str, int], str] = {}
-        for event in self.recording.log:
-            key = (self.round, event.serial)
-            if not isinstance(event, Birth):
-                self._release(key)
-                continue
-            where = (event.phase, event.site)
-            if where not in names:
-                names[where] = self._name(*where)
-                self._warm(event.phase)
-            self._allocate(key, self.sizes[event.kind])
-            self._see(names[where])
+        allocator, sizes = self.allocator, self.sizes
+        for section in self.recording.log:
+            self._warm(section.phase)
+            most = asked = 0
+            for serial, kind in section.events:
+                if kind is None:
+                    allocator.free(serial)
+                    continue
+                allocator.malloc(serial, sizes[kind])
+                if allocator.allocated_bytes > most:
+                    most, asked = allocator.allocated_bytes, allocator.requested_bytes
+            self._see(self._name(section.phase, section.site), most, asked)
 
     def update(self, states: tuple[int, ...], temporaries: tuple[int, ...]) -> None:
         """Run the optimizer's step, then drop gradients and batch."""
+        allocator = self.allocator
         for number, size in enumerate(states):
-            self._allocate((-2, number), size)
+            allocator.malloc(("state", number), size)
         for number, size in enumerate(temporaries):
-            self._allocate((-3, number), size)
-        self._see("optimizer step")
+            allocator.malloc(("temporary", number), size)
+        self._see("optimizer step", allocator.allocated_bytes, allocator.requested_bytes)
         for number, _ in enumerate(temporaries):
-            self._release((-3, number))
-        for key in [key for key in self.charged if key[0] == self.round]:
-            self._release(key)
+            allocator.free(("temporary", number))
+        for serial in self.recording.left:
+            allocator.free(serial)
 
     def found(self) -> Blocks:
         """Return what the steady step showed."""
@@ -125,25 +125,13 @@ class _Replayer:
 
     def _warm(self, phase: str) -> None:
         """Give a thread its cuBLAS workspace when it first multiplies."""
-        key = (0, 0 if phase == "forward" else 1)
-        if key not in self.charged:
-            self._allocate(key, self.workspace)
+        if phase not in self.warm:
+            self.warm.add(phase)
+            self.allocator.malloc(("workspace", phase), self.workspace)
 
-    def _allocate(self, key: tuple[int, int], size: int) -> None:
-        block = self.allocator.malloc(key, size).charged_bytes
-        self.charged[key] = (size, block)
-        self.asked += size
-        self.handed += block
-
-    def _release(self, key: tuple[int, int]) -> None:
-        size, block = self.charged.pop(key)
-        self.allocator.free(key)
-        self.asked -= size
-        self.handed -= block
-
-    def _see(self, name: str) -> None:
-        if self.handed > self.highest.get(name, (0, 0))[0]:
-            self.highest[name] = (self.handed, self.asked)
+    def _see(self, name: str, handed: int, asked: int) -> None:
+        if handed > self.highest.get(name, (0, 0))[0]:
+            self.highest[name] = (handed, asked)
 
     def _name(self, phase: str, site: int) -> str:
         name = self.recording.sites[site]

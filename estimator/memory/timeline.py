@@ -9,10 +9,10 @@ from functools import cached_property
 from itertools import pairwise
 
 from estimator.eager.size import ZERO, Polynomial
-from estimator.eager.tensor import Instant, Live, Regime
+from estimator.eager.tensor import Instant, Live
 from estimator.memory.ledger import Entry, Ledger, Row, formula, polynomial
 from estimator.memory.standing import standing, step_entries
-from estimator.memory.trace import Trace, trace
+from estimator.memory.trace import Trace
 from estimator.run import Run
 
 
@@ -80,9 +80,13 @@ class _Place:
         return Ledger((*self.assembly.alive(self), *self.extra))
 
 
-def compile_step(run: Run, regime: Regime) -> Step:
-    """Return the moments of a steady-state step, the second step or a later one."""
-    assembly = _Assembly(trace(run, regime), standing(run))
+def compile_step(run: Run, seen: Trace) -> Step:
+    """Return the moments of a steady-state step, the second step or a later one.
+
+    Args:
+        seen: a trace of this run, or of one that differs by the optimizer alone.
+    """
+    assembly = _Assembly(seen, standing(run))
     between = [*assembly.forward(), *assembly.backward()]
     step = step_entries(run)
     during_step = polynomial((each.row.size, each.count) for each in step)
@@ -144,8 +148,7 @@ class _Assembly:
     def after(self, name: str, live: Live, more: Polynomial, extra: tuple[Entry, ...]) -> Moment:
         """Return a moment after backward, with what every site has left then."""
         left = _add(
-            tuple(each * self.times[site] for each in total)
-            for site, total in enumerate(self._totals(live))
+            total for site, total in enumerate(self._totals(live)) for _ in range(self.times[site])
         )
         place = _Place(self, live, -1, len(self.order), True, extra)
         return Moment(name, _add((left, more, self.constant)), place)
@@ -230,14 +233,14 @@ class _Assembly:
         )
 
 
-def _add(polynomials: Iterable[tuple[int, ...]]) -> Polynomial:
-    total = list(ZERO)
-    for each in polynomials:
-        for index, value in enumerate(each):
-            total[index] += value
-    return (total[0], total[1], total[2], total[3], total[4], total[5])
+def _add(polynomials: Iterable[Polynomial]) -> Polynomial:
+    t0, t1, t2, t3, t4, t5 = ZERO
+    for a0, a1, a2, a3, a4, a5 in polynomials:
+        t0, t1, t2, t3, t4, t5 = t0 + a0, t1 + a1, t2 + a2, t3 + a3, t4 + a4, t5 + a5
+    return (t0, t1, t2, t3, t4, t5)
 
 
 def _shift(total: Polynomial, here: Polynomial, around: Polynomial) -> Polynomial:
     """Replace what the chain holds outside a site by what the real model holds there."""
-    return _add((total, tuple(-each for each in here), around))
+    h0, h1, h2, h3, h4, h5 = here
+    return _add((total, (-h0, -h1, -h2, -h3, -h4, -h5), around))

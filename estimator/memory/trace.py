@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from estimator.dtypes import DType
 from estimator.eager import ops
@@ -16,12 +17,11 @@ from estimator.eager.checkpoint import checkpoint
 from estimator.eager.engine import backward
 from estimator.eager.size import BATCH, SEQ, dim
 from estimator.eager.tensor import (
-    Birth,
-    Death,
     Instant,
     Live,
     RecordingTape,
     Regime,
+    Section,
     Tape,
     Tensor,
     TensorKind,
@@ -84,18 +84,31 @@ def trace(run: Run, regime: Regime) -> Trace:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recording:
     """Every birth and death of one step through all layers; gradients and batch outlive it.
 
     Args:
         kinds: the kinds of tensor, by index.
         sites: the name of each site.
+        log: what happens, in the order of time.
     """
 
     kinds: tuple[TensorKind, ...]
     sites: tuple[str, ...]
-    log: tuple[Birth | Death, ...]
+    log: tuple[Section, ...]
+
+    @cached_property
+    def left(self) -> tuple[int, ...]:
+        """Return the numbers of the tensors that outlive the log."""
+        alive: dict[int, None] = {}
+        for section in self.log:
+            for serial, kind in section.events:
+                if kind is None:
+                    del alive[serial]
+                else:
+                    alive[serial] = None
+        return tuple(alive)
 
 
 def record(run: Run, regime: Regime) -> Recording:
@@ -103,7 +116,7 @@ def record(run: Run, regime: Regime) -> Recording:
     kinds = tuple(run.spec.kinds[index] for index in run.spec.pattern)
     tape = RecordingTape(run.autocast, regime)
     _execute(run, tape, kinds)
-    log = tuple(tape.log)
+    log = tape.sections()
     tape.drop_step()
     return Recording(tuple(tape.kinds), site_names(kinds), log)
 

@@ -222,22 +222,24 @@ class Forward:
             v: [b, s, KV, d]
             p: dropout on the attention weights.
         """
-        if self.settings.keeps_cache:
-            k, v = self._cached(kind, k), self._cached(kind, v)
-            self.cache += [k, v]
+        k, v = self.through_cache(kind, k, v)
         mask = self.masks.get("sliding" if kind.sliding_window is not None else "full")
         out = self._kernel(kind, q, k, v, mask, p)
         if out.shape[1] is not SEQ:
             out = ops.copy(out, (BATCH, SEQ, kind.heads.query, kind.heads.width), "output by token")
         return view(out, (BATCH, SEQ, dim("H·d", kind.heads.query.value * kind.heads.width.value)))
 
-    def _cached(self, kind: LayerKind, x: Tensor) -> Tensor:
-        """Return a key or value as the cache hands it back: appended to what it held, nothing.
+    def through_cache(self, kind: LayerKind, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values as the cache hands them back: appended to what it held, nothing.
 
         Source: hf-library, cache_utils.py, DynamicLayer.update.
         """
+        if not self.settings.keeps_cache:
+            return k, v
         shape = (BATCH, kind.heads.key_value, SEQ, kind.heads.width)
-        return ops.copy(x, shape, "copy in the cache")
+        k, v = (ops.copy(each, shape, "copy in the cache") for each in (k, v))
+        self.cache += [k, v]
+        return k, v
 
     def _kernel(
         self, kind: LayerKind, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float

@@ -27,6 +27,18 @@ def test_the_generated_pages_are_current():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "run `make docs`"
 
 
+@pytest.mark.parametrize("module", sorted((ROOT / "docs").glob("*.py")), ids=lambda each: each.name)
+def test_the_examples_in_the_generator_hold(module):
+    done = subprocess.run(
+        [sys.executable, "-m", "doctest", str(module)],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_link_leads_somewhere(page):
     text = page.read_text(encoding="utf-8")

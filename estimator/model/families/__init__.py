@@ -47,6 +47,11 @@ def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     if module is None:
         if asks_for_remote_code(config):
             raise remote_code_refusal(config, where)
+        if isinstance(config.get("text_config"), Mapping):
+            raise UnsupportedModelError(
+                f"{where}: {model_type!r} is a multimodal model, which is not supported yet; "
+                "only causal language models of text are"
+            )
         raise UnsupportedModelError(
             f"{where}: the model family {model_type!r} is not supported yet; supported: "
             f"{', '.join(sorted(FAMILIES))}"

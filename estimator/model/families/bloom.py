@@ -60,10 +60,9 @@ class Bloom:
         width, query = kind.heads.width, kind.heads.query
         fused = run.linear(hidden, "self_attention.query_key_value")
         split = view(fused, (BATCH, SEQ, query, dim("3", 3), width))
-        parts = [ops.part(split, (BATCH, SEQ, query, width)) for _ in range(3)]
-        if run.settings.keeps_cache:
-            run.cache += parts[1:]
-        q, k, v = (ops.head_by_head(each) for each in parts)
+        q, k, v = (ops.part(split, (BATCH, SEQ, query, width)) for _ in range(3))
+        k, v = run.through_cache(kind, k, v)
+        q, k, v = (ops.head_by_head(each) for each in (q, k, v))
         scores = ops.matmul(q, k, attention.scores(kind.heads), "scores with alibi")
         weights = ops.add(scores, run.masks["full"], "masked scores")
         probs = ops.cast(ops.softmax(weights, F32), q.dtype)

@@ -104,8 +104,7 @@ class Falcon:
         if run.settings.attention != "eager":
             out = run.attend(kind, q, k, v, kind.facts["attention_dropout"])
             return run.linear(out, "self_attention.dense")
-        if run.settings.keeps_cache:
-            run.cache += [k, v]
+        k, v = run.through_cache(kind, k, v)
         weights = self.weights(run, kind, hidden.dtype, q, k)
         out = ops.matmul(weights, _every_head(v, kind.heads), _by_head(kind.heads), "output")
         out = ops.copy(out, (BATCH, SEQ, dim("H·d", run.spec.hidden.value)), "output by token")

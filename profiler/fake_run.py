@@ -1,0 +1,172 @@
+"""Run a request's workload on fake tensors: a few layers, written out to all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from estimator.errors import EstimatorError, InvalidRequestError, UnsupportedCombinationError
+from estimator.pipeline import device_of
+from estimator.request import EstimateRequest
+from estimator.service import requested_gpu
+from profiler import optimizers, stack, workload
+from profiler.cuda_semantics import cuda_semantics
+from profiler.eager_transformers import eager_transformers
+from profiler.engine import DryRun, Progress
+from profiler.instrument import Meter
+from profiler.trace import Trace
+from profiler.unroll import NotPeriodicError, Shortening, unroll
+from profiler.workspaces import Workspaces
+
+# Compute capability and multiprocessors: what a request without a GPU is traced for.
+_A100: Final = ((8, 0), 108)
+
+
+def fake_run(
+    request: EstimateRequest, config: dict[str, Any], *, progress: Progress, every_layer: bool
+) -> DryRun:
+    """Build the model, trace the short stack of layers, and write out the trace of all of them.
+
+    Raises:
+        EstimatorError: the run is not supported, or the real stack refuses it.
+    """
+    progress(0.0, "building the model")
+    with warnings.catch_warnings(), eager_transformers():
+        # The stack's warnings are about code that is not the user's.
+        warnings.simplefilter("ignore")
+        resolved = workload.model_config(config)
+        if not every_layer and not _names_layers(request):
+            run = _from_few_layers(request, resolved, progress)
+            if run is not None:
+                return run
+        progress(0.2, "tracing every layer")
+        return _run(workload.meta_model(request, resolved), request, None)
+
+
+def _from_few_layers(
+    request: EstimateRequest, config: Any, progress: Progress
+) -> DryRun | None:
+    """Return the run of the whole model from a short stack; None if no layer stands for others."""
+    kinds = stack.kinds(workload.bare_model(request, config))
+    how = stack.shortening(kinds)
+    if not how.copies:
+        return None
+    shortened = stack.shortened(config, how)
+    # A family that numbers its layers by a rule, and not in a list, may come out otherwise.
+    if not stack.same_layers(kinds, workload.bare_model(request, shortened), how):
+        return None
+    short = workload.meta_model(request, shortened)
+    progress(0.2, f"tracing {how.num_traced} of {how.num_layers} layers")
+    try:
+        return _run(short, request, how)
+    except NotPeriodicError:
+        return None
+
+
+def _run(model: Any, request: EstimateRequest, how: Shortening | None) -> DryRun:
+    """Trace a model, and write out the layers that stand for others."""
+    parameters = stack.parameters(model, how)
+    notes = workload.notes(request, model)
+    traced, managed = _traced(model, request, how)
+    return DryRun(unroll(traced, how) if how else traced, parameters, notes, managed)
+
+
+def _names_layers(request: EstimateRequest) -> bool:
+    """Whether the recipe singles out layers by number, so that no layer stands for another."""
+    targets = getattr(request.method, "target_modules", ())
+    saved = getattr(request.method, "modules_to_save", ())
+    names = (*saved, *(targets if isinstance(targets, tuple) else ()))
+    return any(part.isdigit() for name in names for part in name.split("."))
+
+
+def _gpu(request: EstimateRequest) -> tuple[tuple[int, int], int]:
+    """Return compute capability and multiprocessors of the requested GPU, else those of an A100."""
+    gpu = requested_gpu(request)
+    major, _, minor = (gpu.compute_capability if gpu else "").partition(".")
+    if gpu is None or not major.isdigit():
+        return _A100
+    return (int(major), int(minor)), gpu.multiprocessors or _A100[1]
+
+
+def _traced(
+    model: Any, request: EstimateRequest, how: Shortening | None
+) -> tuple[Trace, int]:
+    """Run two steps of a meta model on fake tensors; return the trace and the managed memory."""
+    capability, multiprocessors = _gpu(request)
+    constants = device_of(requested_gpu(request), request).constants
+    layers = stack.layers_path(model)
+    with _without_collection(), FakeTensorMode(), cuda_semantics(capability), _refusals():
+        job = workload.start(model, request, "cpu")
+        meter = Meter(
+            layers=layers,
+            workspaces=Workspaces(capability, multiprocessors, constants.cublas_workspace),
+        )
+        with meter.watching(model, workload.sites(model)), meter:
+            for tensor, path, operator, component in workload.standing(job):
+                meter.adopt(tensor, path, operator, component)
+            job.step(meter.phase)
+            _own_states(meter, job.optimizer)
+            meter.begin_steady_step()
+            job.step(meter.phase)
+        return meter.trace(), optimizers.managed_bytes(model, job.optimizer, layers, how)
+
+
+def _own_states(meter: Meter, optimizer: Any) -> None:
+    """Give the optimizer's tensors to their parameters; forget those outside device memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            on_host = optimizers.is_on_host(optimizer, name)
+            if on_host or optimizers.is_managed(optimizer, parameter, name):
+                meter.drop(value)
+            else:
+                meter.own(value, parameter, "optimizer_states")
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what the real stack says against a run into one clear line."""
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedFakeTensorException,
+    )
+
+    try:
+        yield
+    except EstimatorError:
+        raise
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedFakeTensorException,
+        NotImplementedError,
+    ) as error:
+        raise UnsupportedCombinationError(
+            f"this model's step depends on values or operators that fake tensors do not have: "
+            f"{workload.one_line(error)}"
+        ) from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InvalidRequestError(
+            f"the training step itself refuses this run: {workload.one_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep the garbage collector from freeing tensors at moments of its own choice."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
