@@ -161,12 +161,12 @@ def _used(question: Question, request: EstimateRequest | None) -> tuple[int, Ver
     """Return the memory that is needed and the verdict of a request, None where it is refused."""
     if request is None:
         return None
+    device = device_of(question.gpu, request)
     try:
         engine = engine_for(request, question.config, question.name)
+        reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
     except EstimatorError:
         return None
-    device = device_of(question.gpu, request)
-    reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
     needed = needed_range(reading.allocated, device.constants)
     return needed.expected, judge(needed, device.capacity.usable_bytes)
 

@@ -302,10 +302,7 @@ class Meter(TorchDispatchMode):
             return func(*args, **kwargs)
         path, layer = self._place()
         if self._phase == trace.OPTIMIZER_STEP:
-            # An operator on one tensor works for that tensor's layer, one on lists for all layers,
-            # and one that makes a tensor of nothing for whoever was worked for before.
-            path, layer = self._owner_of(args[0]) if _holds_tensors(args) else self._worked_for
-            self._worked_for = (path, layer)
+            path, layer = self._worked_for = self._owner_in_step(args)
         self._layer = layer
         twin, references = _IN_PLACE_TWINS.get(func, (None, 0))
         if twin is not None and self._in_place and self._overwrites(args, kwargs, references):
@@ -355,7 +352,7 @@ class Meter(TorchDispatchMode):
             if tensor.untyped_storage()._cdata in self._index:
                 continue
             if updating and lists and position < len(args[0]):
-                path, layer = self._owner_of(args[0][position])
+                path, layer = self._owner_of(args[0][position]) or ("", None)
             component: Component = "activations"
             if updating:
                 component = "gradients" if self._copies_gradient(func, args) else "workspace"
@@ -366,13 +363,25 @@ class Meter(TorchDispatchMode):
             self._transients(self._workspaces.of(func, args, out), path, layer)
             self._cublas_workspace(func)
 
-    def _owner_of(self, value: Any) -> tuple[str, int | None]:
+    def _owner_in_step(self, args: tuple[Any, ...]) -> tuple[str, int | None]:
+        """Return for which module and layer the optimizer works.
+
+        An operator on one tensor works for that tensor's owner, one on lists for nobody in
+        particular, and one that makes a tensor of nothing for whoever was worked for before.
+        """
+        first = args[0] if args else None
+        if isinstance(first, (list, tuple)) and any(map(_is_tensor, first)):
+            return "", None
+        return self._owner_of(first) or self._worked_for
+
+    def _owner_of(self, value: Any) -> tuple[str, int | None] | None:
         """Return the module and the layer of a registered tensor."""
-        if isinstance(value, torch.Tensor):
-            index = self._index.get(value.untyped_storage()._cdata)
-            if index is not None:
-                return self._records[index].module, self._records[index].layer
-        return "", None
+        if not isinstance(value, torch.Tensor):
+            return None
+        index = self._index.get(value.untyped_storage()._cdata)
+        if index is None:
+            return None
+        return self._records[index].module, self._records[index].layer
 
     def _copies_gradient(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether an optimizer makes a copy of a gradient in another type, to step with it."""
@@ -511,11 +520,8 @@ def _called_by_engine() -> bool:
     return False
 
 
-def _holds_tensors(args: tuple[Any, ...]) -> bool:
-    first = args[0] if args else None
-    if isinstance(first, (list, tuple)):
-        return any(isinstance(item, torch.Tensor) for item in first)
-    return isinstance(first, torch.Tensor)
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _tensors(out: Any) -> Iterator[torch.Tensor]:

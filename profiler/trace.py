@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from estimator.components import COMPONENTS, Component
-from estimator.units import round_up
 from estimator.memory.caching_allocator import (
     DEFAULT_SETTINGS,
     MIN_BLOCK_BYTES,
     AllocatorSettings,
     CachingAllocator,
 )
+from estimator.units import round_up
 
 LOAD: Final = "load"
 FORWARD: Final = "forward"

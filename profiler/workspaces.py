@@ -6,7 +6,6 @@ shapes come from the operator's own arguments.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 

@@ -58,6 +58,18 @@ def flash(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     return out
 
 
+def flash_unpadded(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+    """FlashAttention over a padded batch: the tokens are picked out and put back around it.
+
+    Every position is counted as a token, so the copies are an upper bound.
+
+    Source: hf-library, modeling_flash_attention_utils.py, _upad_input and _pad_input.
+    """
+    keys, values = ops.pick(k, k.shape), ops.pick(v, v.shape)
+    queries = ops.pick(q, q.shape)
+    return ops.scatter(flash(queries, keys, values, heads))
+
+
 def _gradients(node: Node, source: Cite) -> Out:
     """The gradients of query, key and value: the kernel makes all three, wanted or not."""
     unwanted = [
@@ -161,7 +173,7 @@ def math_causal(q: Tensor, k: Tensor, v: Tensor, heads: Heads, p: float = 0.0) -
     mask = q.tape.new("causal mask as float", (SEQ, SEQ), q.dtype, source)
     keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
     scaled, keys = ops.scale(q, "scaled query"), ops.scale(keys, "scaled keys")
-    weights = ops.softmax(ops.matmul(scaled, keys, scores(heads), "scores"))
+    weights = _safe_softmax(ops.matmul(scaled, keys, scores(heads), "scores"))
     del mask
     weights = ops.dropout(weights, p)
     shape = (BATCH, heads.query, SEQ, heads.width)

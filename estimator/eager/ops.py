@@ -284,6 +284,17 @@ def pick(x: Tensor, shape: Shape) -> Tensor:
     return out
 
 
+def scatter(x: Tensor) -> Tensor:
+    """Write rows into a tensor of zeros of the full shape; backward picks them out again."""
+    out = x.tape.new("rows among zeros", x.shape, x.dtype, _derivative("index_put"))
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        return (node.new_grad(0, source=_derivative("index_put")),)
+
+    x.tape.record("index_put", (x,), (), rule, out)
+    return out
+
+
 def narrow(x: Tensor, last: Dim) -> Tensor:
     """A slice of the last dimension: a view; backward fills a tensor of zeros around it."""
     return part(x, (*x.shape[:-1], last))

@@ -99,7 +99,7 @@ def _states(run: Run) -> list[Entry]:
         )
         for each in trained_tensors(run)
         for state in optimizer_states(run)
-        if not state.managed(each)
+        if not state.managed(each) and state.bytes(each)
     ]  # fmt: skip
 
 

@@ -8,11 +8,11 @@ from typing import Final, TypeVar
 
 from estimator.dtypes import DType
 from estimator.eager import attention, ops
-from estimator.eager.attention import MASK
+from estimator.eager.attention import MASK, Heads
 from estimator.eager.ops import F32
 from estimator.eager.size import BATCH, ONE, SEQ, dim
 from estimator.eager.tensor import Edge, Param, Tape, Tensor, view
-from estimator.errors import UnsupportedModelError
+from estimator.errors import UnsupportedCombinationError, UnsupportedModelError
 from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Module, Norm, Weight
 from estimator.sources import Cite
 
@@ -254,11 +254,28 @@ class Forward:
             keys, values = (attention.repeat_heads(each, heads) for each in (k, v))
             return attention.efficient(q, keys, values, mask, heads)
         half = self.tape.autocast if self.tape.autocast_enabled else None
+        if self.settings.attention == "flash_attention_2":
+            return self._flash(half or q.dtype, q, k, v, heads)
         if (half or q.dtype).is_half:
             return attention.flash(q, k, v, heads)
         if heads.groups == 1:
             return attention.efficient(q, k, v, None, heads)
         return attention.math_causal(q, k, v, heads, p)
+
+    def _flash(self, dtype: DType, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+        """Run the flash-attn package, which takes half precision only.
+
+        Raises:
+            UnsupportedCombinationError: the inputs are fp32.
+        """
+        if not dtype.is_half:
+            raise UnsupportedCombinationError(
+                "flash_attention_2 takes fp16 and bf16 only, and the queries of this run are fp32; "
+                "choose a half precision, autocast, or attention sdpa"
+            )
+        if self.settings.padding:
+            return attention.flash_unpadded(q, k, v, heads)
+        return attention.flash(q, k, v, heads)
 
     # -- feed-forward -------------------------------------------------------------------------
 

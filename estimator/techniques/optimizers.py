@@ -127,17 +127,22 @@ def _is_8bit(each: Trained) -> bool:
 
 
 def _eight_bit(each: Trained) -> int:
-    """Bytes of one moment: 1 byte and an fp32 scale for each block, or fp32 for small tensors.
+    """Bytes of one moment: 1 byte for each value, or fp32 for small tensors.
 
     HF's Trainer keeps 32-bit states for every embedding.
 
     Source: dettmers2022, section 2.1; bitsandbytes, optim/optimizer.py,
     Optimizer2State.init_state; hf-trainer, Trainer.create_optimizer.
     """
-    if not _is_8bit(each):
-        return each.elements * DType.FLOAT32.width
-    blocks = -(-each.elements // EIGHT_BIT_BLOCK)
-    return each.elements + blocks * DType.FLOAT32.width
+    return each.elements if _is_8bit(each) else each.elements * DType.FLOAT32.width
+
+
+def _absmax(each: Trained) -> int:
+    """Bytes of a moment's scales: fp32 for each block of 256 values; they are never paged.
+
+    Source: bitsandbytes, optim/optimizer.py, Optimizer2State.init_state.
+    """
+    return -(-each.elements // EIGHT_BIT_BLOCK) * DType.FLOAT32.width if _is_8bit(each) else 0
 
 
 def _is_paged(each: Trained) -> bool:
@@ -181,7 +186,8 @@ _8BIT: Final = Cite("bitsandbytes", "optim/optimizer.py, Optimizer2State.init_st
 
 def _eight_bit_states(*, paged: bool) -> tuple[State, ...]:
     managed = _is_paged if paged else (lambda _: False)
-    return tuple(State(name, _eight_bit, _8BIT, managed) for name in ("state1", "state2"))
+    values = (State(name, _eight_bit, _8BIT, managed) for name in ("state1", "state2"))
+    return (*values, State("absmax1", _absmax, _8BIT), State("absmax2", _absmax, _8BIT))
 
 
 OPTIMIZERS: Final[dict[str, OptimizerRow]] = {

@@ -138,5 +138,4 @@ class Quantize:
                 return replace(module, format=packed, dtype=rest)
             return replace(module, dtype=rest)
 
-        wants_grad = run.input_requires_grad or self.prepare_kbit
-        return replace(run, spec=run.spec.map_modules(quantize), input_requires_grad=wants_grad)
+        return replace(run, spec=run.spec.map_modules(quantize))

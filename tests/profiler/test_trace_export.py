@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from estimator.errors import InvalidRequestError
-from estimator.units import MiB
 from estimator.memory.caching_allocator import AllocatorSettings
+from estimator.units import MiB
 from profiler.trace_export import TraceEvent, chrome_trace, memory_snapshot, write_trace
 
 # The opcodes that the viewer's unpickler knows: pytorch torch/utils/viz/MemoryViz.js::unpickle at

@@ -58,6 +58,4 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         "loop": {"keep_outputs": draw(st.booleans()), "use_cache": draw(st.booleans())},
         "hardware": {"gpu": draw(st.sampled_from([None, "rtx-4090", "h200-141gb-sxm"]))},
     }  # fmt: skip
-    if document["attention"] == "flash_attention_2" and document["precision"] == "fp32":
-        document["precision"] = "bf16"
     return document

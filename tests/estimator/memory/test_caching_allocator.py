@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 
 from estimator.errors import InvalidRequestError
-from estimator.units import GiB, KiB, MiB
 from estimator.memory.caching_allocator import (
     AllocationEvent,
     AllocatorSettings,
@@ -18,6 +17,7 @@ from estimator.memory.caching_allocator import (
     round_size,
     segment_size,
 )
+from estimator.units import GiB, KiB, MiB
 
 EXPANDABLE = AllocatorSettings(expandable_segments=True)
 

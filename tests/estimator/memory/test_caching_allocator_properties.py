@@ -8,7 +8,6 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from estimator.units import MiB
 from estimator.memory.caching_allocator import (
     AllocationEvent,
     AllocatorSettings,
@@ -17,6 +16,7 @@ from estimator.memory.caching_allocator import (
     apply,
     replay,
 )
+from estimator.units import MiB
 
 SETTINGS = st.builds(
     AllocatorSettings,
