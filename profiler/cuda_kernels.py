@@ -47,9 +47,9 @@ class Kernels:
     def _flash(
         self, query: Any, key: Any, value: Any, dropout_p: float = 0.0, *_: Any, **__: Any
     ) -> Any:
-        """Follow mha_fwd of flash_attn/flash_api.cpp: the output is [b, s, H, d] in memory."""
-        batch, heads, seq_len, head_dim = query.shape
-        out = query.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
+        """Follow mha_fwd of flash_attn/flash_api.cpp: the output lies in memory as the query does."""
+        batch, heads, seq_len, _ = query.shape
+        out = torch.empty_like(query)
         logsumexp = query.new_empty(batch, heads, seq_len, dtype=torch.float32)
         rng_state = query.new_empty(2, dtype=torch.uint64)
         unused = query.new_empty((), dtype=torch.uint64)

@@ -163,6 +163,12 @@ class Meter(TorchDispatchMode):
             record.component, record.layer = component, self._layer_of(path)
             record.module = self._shown(path, record.layer)
 
+    def work_for(self, parameter: torch.Tensor) -> None:
+        """Say for which parameter the optimizer works from here on."""
+        path = self._parameter_paths.get(id(parameter), "")
+        layer = self._layer_of(path)
+        self._worked_for = (self._shown(path, layer), layer)
+
     def mark(self, tensor: torch.Tensor, component: Component) -> None:
         """Say to which component a storage belongs, whatever it was taken for at birth."""
         index = self._index.get(tensor.untyped_storage()._cdata)
@@ -347,12 +353,12 @@ class Meter(TorchDispatchMode):
     ) -> None:
         """Register the storages of an operator's results, and the kernel's own workspaces."""
         updating = self._phase == trace.OPTIMIZER_STEP
-        lists = args and isinstance(args[0], (list, tuple))
+        inputs = _tensor_list(args)
         for position, tensor in enumerate(_tensors(out)):
             if tensor.untyped_storage()._cdata in self._index:
                 continue
-            if updating and lists and position < len(args[0]):
-                path, layer = self._owner_of(args[0][position]) or ("", None)
+            if updating and position < len(inputs):
+                path, layer = self._owner_of(inputs[position]) or ("", None)
             component: Component = "activations"
             if updating:
                 component = "gradients" if self._copies_gradient(func, args) else "workspace"
@@ -369,10 +375,9 @@ class Meter(TorchDispatchMode):
         An operator on one tensor works for that tensor's owner, one on lists for nobody in
         particular, and one that makes a tensor of nothing for whoever was worked for before.
         """
-        first = args[0] if args else None
-        if isinstance(first, (list, tuple)) and any(map(_is_tensor, first)):
+        if _tensor_list(args):
             return "", None
-        return self._owner_of(first) or self._worked_for
+        return (self._owner_of(args[0]) if args else None) or self._worked_for
 
     def _owner_of(self, value: Any) -> tuple[str, int | None] | None:
         """Return the module and the layer of a registered tensor."""
@@ -520,8 +525,12 @@ def _called_by_engine() -> bool:
     return False
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+def _tensor_list(args: tuple[Any, ...]) -> list[Any]:
+    """Return the tensors of an operator that takes a list of them; of another one, nothing."""
+    first = args[0] if args else None
+    if isinstance(first, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in first):
+        return list(first)
+    return []
 
 
 def _tensors(out: Any) -> Iterator[torch.Tensor]:

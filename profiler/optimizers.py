@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -114,6 +115,19 @@ class MasterCopies:
         self.inner.zero_grad(set_to_none=set_to_none)
         for parameter, _ in self.masters:
             parameter.grad = None
+
+
+def announce(optimizer: Any, work_for: Callable[[Any], None]) -> None:
+    """Have the optimizer say for which model parameter it works whenever it looks up its states."""
+    inner = getattr(optimizer, "inner", optimizer)
+    models = {id(main): parameter for parameter, main in getattr(optimizer, "masters", ())}
+
+    class States(defaultdict[Any, Any]):
+        def __getitem__(self, parameter: Any) -> Any:
+            work_for(models.get(id(parameter), parameter))
+            return super().__getitem__(parameter)
+
+    inner.state = States(dict, inner.state)
 
 
 def is_on_host(optimizer: Any, name: str) -> bool:

@@ -61,7 +61,7 @@ MODELS: Final[dict[str, Document]] = {
     },
     "gemma2": {
         "model_type": "gemma2", "hidden_size": 1024, "intermediate_size": 4096,
-        "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 3,
+        "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 128, "vocab_size": 60007, "sliding_window": 512, "tie_word_embeddings": True,
     },
     "gemma3": {

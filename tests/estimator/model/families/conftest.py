@@ -26,7 +26,7 @@ def peaks() -> Peaks:
         request = parse_request(
             {"model": {"config": dict(config)}, "micro_batch_size": 2, "seq_len": 512, **recipe}
         )
-        step = Engine(resolve(request, config, "model")).step(
+        step = Engine(resolve(request, config, "model"), {}).step(
             request.micro_batch_size, request.seq_len
         )
         at = powers(request.micro_batch_size, request.seq_len)
