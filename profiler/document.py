@@ -6,8 +6,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Final
 
 from estimator import __version__
-from estimator.calibration import allocated_range, device_used_range, reserved_range
+from estimator.breakdown import outside
+from estimator.calibration import (
+    ALLOCATED,
+    NEEDED,
+    RESERVED,
+    allocated_range,
+    device_used_range,
+    needed_range,
+    reserved_range,
+)
 from estimator.components import COMPONENTS, Component
+from estimator.memory.allocator import charge
 from estimator.pipeline import device_of
 from estimator.request import EstimateRequest, InlineModel
 from estimator.result import (
@@ -46,13 +56,15 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
     allocated = allocated_range(reading.peak.allocated_bytes)
     reserved = reserved_range(reading.reserved_bytes)
     used = device_used_range(reserved, device.constants, run.managed_bytes)
-    verdict = judge(used, device.capacity.usable_bytes)
+    needed = needed_range(_fresh_blocks(run.trace, reading), device.constants)
+    verdict = judge(needed, device.capacity.usable_bytes)
     peak = Peak(
         moment=reading.peak.phase,
         runner_up=_runner_up(reading),
         allocated_bytes=allocated,
         reserved_bytes=reserved,
         device_used_bytes=used,
+        needed_bytes=needed,
         host_bytes=Range(0, 0, 0),
     )
     return Result(
@@ -69,11 +81,24 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
         limits=Limits(None, None, None, None),
         suggestions=(),
         request=request.model_dump(mode="json"),
-        assumptions=_ASSUMPTIONS,
+        outside=outside(allocated, reserved, device.constants, run.managed_bytes),
+        assumptions=(
+            *_ASSUMPTIONS,
+            ALLOCATED.reason.reason,
+            RESERVED.reason.reason,
+            NEEDED.reason.reason,
+            device.constants.context_source.reason,
+        ),
         notes=run.notes,
         not_modelled=_NOT_MODELLED,
         versions=versions(),
     )
+
+
+def _fresh_blocks(traced: trace.Trace, reading: trace.Reading) -> int:
+    """Sum the blocks that the tensors of the peak would get from fresh segments [bytes]."""
+    point = max(reading.points, key=lambda point: point.requested_bytes)
+    return sum(charge(storage.bytes) for storage in trace.live_storages(traced, point.event))
 
 
 def versions() -> dict[str, str]:

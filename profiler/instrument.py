@@ -128,6 +128,7 @@ class Meter(TorchDispatchMode):
         self._cublas: set[str] = set()
         self._sites: dict[str, str] = {}
         self._worked_for: tuple[str, int | None] = ("", None)
+        self._making_batch = False
         self._steady_from = 0
 
     # -- what the driver tells ------------------------------------------------------------------
@@ -143,7 +144,8 @@ class Meter(TorchDispatchMode):
         elif name == trace.BACKWARD and self._loss_sequence is not None:
             # Autograd runs the newest node first: the loss comes before everything else.
             name = trace.LOSS_BACKWARD
-        self._phase = name
+        self._making_batch = name == trace.BATCH
+        self._phase = trace.FORWARD if self._making_batch else name
 
     def begin_steady_step(self) -> None:
         """Mark the start of the step that is reported."""
@@ -207,6 +209,8 @@ class Meter(TorchDispatchMode):
             return record.freeze("process")
         if record.layer is not None:
             return record.freeze("layer")
+        if record.component == "buffers":
+            return record.freeze("embeddings")
         for path, site in self._sites.items():
             if record.module == path or record.module.startswith(f"{path}."):
                 return record.freeze(site)
@@ -359,7 +363,7 @@ class Meter(TorchDispatchMode):
                 continue
             if updating and position < len(inputs):
                 path, layer = self._owner_of(inputs[position]) or ("", None)
-            component: Component = "activations"
+            component: Component = "buffers" if self._making_batch else "activations"
             if updating:
                 component = "gradients" if self._copies_gradient(func, args) else "workspace"
             self._register(tensor, str(func), path, layer, component)

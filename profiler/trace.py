@@ -16,6 +16,8 @@ from estimator.memory.caching_allocator import (
 from estimator.units import round_up
 
 LOAD: Final = "load"
+# Making the batch is the first part of the forward phase; its tensors are told apart.
+BATCH: Final = "batch"
 FORWARD: Final = "forward"
 LOSS_FORWARD: Final = "loss forward"
 LOSS_BACKWARD: Final = "loss backward"

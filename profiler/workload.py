@@ -75,7 +75,7 @@ class Workload:
         Args:
             phase: called with the name of each phase when it begins.
         """
-        phase(trace.FORWARD)
+        phase(trace.BATCH)
         # `Trainer.get_batch_samples` holds every batch of the step on the device until its end.
         batches = [
             batch(self.request, self.device)

@@ -69,6 +69,7 @@ def read(config: Config) -> ModelSpec:
     Source: hf-modeling, gemma2/modeling_gemma2.py, the `__init__` of its modules, and
     gemma2/configuration_gemma2.py, `layer_types`.
     """
+    check_width(config)
     types = layer_types(config, SLIDING_PERIOD)
     distinct = tuple(dict.fromkeys(types))
     modules = decoder_modules(config, *sandwich_norms(config))
@@ -90,6 +91,22 @@ def read(config: Config) -> ModelSpec:
         rotary_buffers(kinds[0].heads.width.value),
         supports_sdpa=False,
     )
+
+
+def check_width(config: Config) -> None:
+    """Refuse heads that do not divide the hidden size, whatever their own width is.
+
+    Source: hf-modeling, gemma2/configuration_gemma2.py, validate_architecture.
+
+    Raises:
+        InvalidConfigError: the hidden size is no multiple of the heads.
+    """
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
+    if hidden % heads:
+        raise InvalidConfigError(
+            f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, as a "
+            f"{config.model_type} model needs"
+        )
 
 
 def caps_logits(config: Config) -> bool:

@@ -11,6 +11,7 @@ from estimator.model.families.gemma import decoder_modules, layer_kind, specific
 from estimator.model.families.gemma2 import (
     Gemma2,
     caps_logits,
+    check_width,
     layer_name,
     layer_types,
     sandwich_norms,
@@ -41,6 +42,7 @@ def read(config: Config) -> ModelSpec:
     Source: hf-modeling, gemma3/modeling_gemma3.py, the `__init__` of its modules, and
     gemma3/configuration_gemma3.py, `layer_types`.
     """
+    check_width(config)
     types = layer_types(config, config.count("sliding_window_pattern", SLIDING_PERIOD))
     distinct = tuple(dict.fromkeys(types))
     width = config.heads().width

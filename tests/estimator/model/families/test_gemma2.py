@@ -115,3 +115,17 @@ def test_a_type_of_layer_that_the_family_lacks_is_refused() -> None:
 def test_a_sliding_layer_without_a_window_is_refused() -> None:
     with pytest.raises(InvalidConfigError, match="sliding_window"):
         read_spec({**CONFIG, "sliding_window": None}, "model")
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_heads_that_do_not_divide_the_hidden_size_are_refused_as_in_transformers(
+    model_type: str,
+) -> None:
+    from transformers import AutoConfig
+
+    config = {**CONFIG, "model_type": model_type, "num_attention_heads": 6}
+    values = dict(config)
+    with pytest.raises(Exception, match="not a multiple of the number of attention"):
+        AutoConfig.for_model(values.pop("model_type"), **values)
+    with pytest.raises(InvalidConfigError, match="no multiple of num_attention_heads 6"):
+        read_spec(config, "model")
