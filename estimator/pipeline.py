@@ -22,7 +22,6 @@ from estimator.catalog import Gpu
 from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.allocator import charge
-from estimator.memory.ledger import Entry
 from estimator.memory.replay import Blocks, blocks
 from estimator.memory.standing import managed_bytes
 from estimator.memory.timeline import Moment, Step, compile_step
@@ -117,7 +116,7 @@ class Engine:
     def read(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Reading:
         """Return the peak at one micro-batch and length on one kind of device."""
         at = powers(micro_batch_size, seq_len)
-        top = max(self.step(micro_batch_size, seq_len).moments, key=lambda each: each.bytes_at(at))
+        top = self.step(micro_batch_size, seq_len).top(at)
         return Reading(top, rounded_bytes(top, at) + HANDLES * constants.cublas_workspace)
 
     def verdict(self, micro_batch_size: int, seq_len: int, device: Device) -> Verdict:
@@ -139,14 +138,11 @@ class Engine:
 
 def rounded_bytes(moment: Moment, at: Polynomial) -> int:
     """Sum the blocks that the allocator hands out for everything alive at a moment."""
-    passing = sum(charge(entry_size(each, at)) * each.count for each in moment.passing.entries)
+    passing = sum(
+        charge(coefficient * at[index]) * count
+        for coefficient, index, count in moment.passing_sizes
+    )
     return moment.standing.constant_charge + passing
-
-
-def entry_size(entry: Entry, at: Polynomial) -> int:
-    """Bytes of one of an entry's tensors."""
-    coefficient, index = entry.row.size
-    return coefficient * at[index]
 
 
 def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from operator import ge
 
 from estimator.eager.size import ZERO, Polynomial
 from estimator.eager.tensor import Instant, Live
@@ -37,6 +38,14 @@ class Moment:
         """What is alive at this moment beside the standing entries."""
         return self.place.passing()
 
+    @cached_property
+    def passing_sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """The sizes of `passing`, alike ones together: (coefficient, index, number of tensors)."""
+        counts: dict[tuple[int, int], int] = {}
+        for each in self.passing.entries:
+            counts[each.row.size] = counts.get(each.row.size, 0) + each.count
+        return tuple((*size, count) for size, count in counts.items())
+
     @property
     def standing(self) -> Ledger:
         """What is alive at every moment."""
@@ -48,11 +57,25 @@ class Moment:
         return self.standing.plus(*self.passing.entries)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """All moments of a training step that can be its peak, in the order of time."""
 
     moments: tuple[Moment, ...]
+
+    def top(self, at: Polynomial) -> Moment:
+        """Return the highest of all moments, the first of those that are equal."""
+        return max(self._undominated, key=lambda each: each.bytes_at(at))
+
+    @cached_property
+    def _undominated(self) -> tuple[Moment, ...]:
+        """The moments that no other exceeds in one coefficient and reaches in all the rest.
+
+        Micro-batch and length are at least 1, so the others are lower everywhere.
+        """
+        totals = tuple(dict.fromkeys(each.total for each in self.moments))
+        kept = {each for each in totals if not any(_exceeds(other, each) for other in totals)}
+        return tuple(each for each in self.moments if each.total in kept)
 
     def highest(self, at: Polynomial) -> tuple[Moment, ...]:
         """Return the highest instant of each named moment, in the order of time."""
@@ -238,6 +261,10 @@ def _add(polynomials: Iterable[Polynomial]) -> Polynomial:
     for a0, a1, a2, a3, a4, a5 in polynomials:
         t0, t1, t2, t3, t4, t5 = t0 + a0, t1 + a1, t2 + a2, t3 + a3, t4 + a4, t5 + a5
     return (t0, t1, t2, t3, t4, t5)
+
+
+def _exceeds(total: Polynomial, other: Polynomial) -> bool:
+    return total != other and all(map(ge, total, other))
 
 
 def _shift(total: Polynomial, here: Polynomial, around: Polynomial) -> Polynomial:

@@ -28,6 +28,7 @@ from estimator.eager.tensor import (
     view,
 )
 from estimator.memory.loss import LOSSES
+from estimator.memory.unroll import NotPeriodicError, shorten, unroll
 from estimator.model.forward import Forward
 from estimator.model.spec import LayerKind
 from estimator.run import Run
@@ -112,8 +113,24 @@ class Recording:
 
 
 def record(run: Run, regime: Regime) -> Recording:
-    """Run one step through every layer, and keep each birth and death in order."""
-    kinds = tuple(run.spec.kinds[index] for index in run.spec.pattern)
+    """Return every birth and death of one step through all layers, in order.
+
+    Only as many layers are run as it takes to know what the others do.
+    """
+    cut = shorten(run.spec.pattern)
+    if not cut.copies:
+        return record_layers(run, regime, run.spec.pattern)
+    short = record_layers(run, regime, cut.pattern)
+    try:
+        log = unroll(short.log, [kind.size for kind in short.kinds], cut)
+    except NotPeriodicError:
+        return record_layers(run, regime, run.spec.pattern)
+    return Recording(short.kinds, short.sites, log)
+
+
+def record_layers(run: Run, regime: Regime, pattern: tuple[int, ...]) -> Recording:
+    """Run one step through the layers of a pattern."""
+    kinds = tuple(run.spec.kinds[index] for index in pattern)
     tape = RecordingTape(run.autocast, regime)
     _execute(run, tape, kinds)
     log = tape.sections()

@@ -125,6 +125,9 @@ class Quantize:
     def apply(self, run: Run) -> Run:
         """Return the run with packed linear layers.
 
+        transformers replaces plain `nn.Linear` only, so a class of the model's own (Falcon's) stays
+        as it is (hf-library, integrations/bitsandbytes.py, replace_with_bnb_linear).
+
         `prepare_model_for_kbit_training` casts norms, embeddings and head to fp32.
 
         Source: peft, utils/other.py, prepare_model_for_kbit_training.
@@ -134,8 +137,15 @@ class Quantize:
         rest = DType.FLOAT32 if self.prepare_kbit else self.stored
 
         def quantize(module: Module) -> Module:
-            if isinstance(module, Linear) and module.name != head:
+            if isinstance(module, Linear) and module.name != head and not module.spelled_out:
                 return replace(module, format=packed, dtype=rest)
             return replace(module, dtype=rest)
 
-        return replace(run, spec=run.spec.map_modules(quantize))
+        spec = run.spec.map_modules(quantize)
+        if not any(isinstance(each, Linear) and each.format for each, _ in spec.module_counts()):
+            note = (
+                f"transformers packs plain nn.Linear only; the layers of {spec.model_type} are of a "
+                "class of their own and keep their full width"
+            )
+            spec = replace(spec, notes=(*spec.notes, note))
+        return replace(run, spec=spec)
