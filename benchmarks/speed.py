@@ -1,7 +1,8 @@
 """How long an estimate takes; `python -m benchmarks.speed` measures and writes docs/performance.md.
 
 Every figure is a median of one run on one machine, so it is no test: what holds from machine to
-machine are the ratios.
+machine are the ratios. Inside the process CPU time is counted, which other work on a shared machine
+changes less than the time on the clock.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, Final
 
 from estimator.catalog import Access, find_model
@@ -46,19 +47,19 @@ SIDE: Final = 64
 INTRODUCTION: Final = """\
 # Performance
 
-Written by `make bench` (`python -m benchmarks.speed`). Medians of one run on {machine}; nothing
-else ran on purpose, but the machine may be shared. Absolute times differ from machine to machine,
-the ratios hardly do.
+Written by `make bench` (`python -m benchmarks.speed`), on a machine that may have been shared:
+{machine}.
+Every figure is a median. Absolute times differ from machine to machine, the ratios hardly do.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What was measured, its median and, where the design sets one, the bar.
+    """What was measured inside the process.
 
     Args:
-        seconds: median over the runs [s].
-        bar_seconds: what `Engine` or command should stay under [s].
+        seconds: median of the CPU time [s].
+        bar_seconds: what it should stay under [s], where the design says so.
     """
 
     what: str
@@ -159,9 +160,9 @@ def _warm(request: EstimateRequest) -> float:
 
 def _median(work: Callable[[], object], repeats: int) -> float:
     def once() -> float:
-        start = perf_counter()
+        start = process_time()
         work()
-        return perf_counter() - start
+        return process_time() - start
 
     once()
     return median(once() for _ in range(repeats))
@@ -171,7 +172,7 @@ def _median(work: Callable[[], object], repeats: int) -> float:
 
 
 def requests_per_second() -> float | None:
-    """Return how often the server answers one request in a second; None without the web extra.
+    """Return how many requests one core answers in a second; None without the web extra.
 
     The application is called in this process, one request after another, without a socket.
     """
@@ -185,10 +186,10 @@ def requests_per_second() -> float | None:
 async def _post_all(app: Any) -> float:
     body = json.dumps(DOCUMENT).encode()
     await _post(app, body)
-    start = perf_counter()
+    start = process_time()
     for _ in range(REQUESTS):
         await _post(app, body)
-    return REQUESTS / (perf_counter() - start)
+    return REQUESTS / (process_time() - start)
 
 
 async def _post(app: Any, body: bytes) -> None:
@@ -248,8 +249,8 @@ def _processes(found: list[Process]) -> Iterator[str]:
 
 
 def _timings(found: list[Timing]) -> Iterator[str]:
-    yield "## Inside a process\n"
-    yield "| what | median | bar |"
+    yield "## Inside a process that has imported everything\n"
+    yield "| what | CPU | bar |"
     yield "|---|---:|---:|"
     for each in found:
         bar = _ms(each.bar_seconds) if each.bar_seconds is not None else ""
@@ -263,8 +264,8 @@ def _server() -> Iterator[str]:
         return
     yield "## POST /v1/estimate\n"
     yield (
-        f"{rate:.0f} requests in a second, the same one {REQUESTS} times, one after another, by "
-        "the\napplication in this process, without a socket. The bar is 1 000.\n"
+        f"{rate:.0f} requests for each second of CPU time: the same one {REQUESTS} times, one after"
+        " another, by\nthe application in this process, without a socket. The bar is 1 000.\n"
     )
 
 

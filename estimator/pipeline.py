@@ -89,7 +89,7 @@ class Engine:
         )
         self._traces = traces
         self._steps: dict[Regime, Step] = {}
-        self._replayed: tuple[tuple[int, int, int], Blocks] | None = None
+        self._replayed: tuple[tuple[int, int, int, int | None], Blocks] | None = None
 
     def step(self, micro_batch_size: int, seq_len: int) -> Step:
         """Return the moments of the step in the regime of this micro-batch and length."""
@@ -125,15 +125,25 @@ class Engine:
         needed = needed_range(reading.allocated, device.constants)
         return judge(needed, device.capacity.usable_bytes)
 
-    def blocks(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Blocks:
+    def blocks(self, micro_batch_size: int, seq_len: int, device: Device) -> Blocks:
         """Replay the run through the caching allocator; the latest replay is kept."""
-        key = (micro_batch_size, seq_len, constants.cublas_workspace)
+        workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
+        key = (micro_batch_size, seq_len, workspace, capacity)
         if self._replayed is None or self._replayed[0] != key:
             regime = self._regime(micro_batch_size, seq_len)
             at = powers(micro_batch_size, seq_len)
-            found = blocks(self.run, regime, at, constants.cublas_workspace)
+            found = blocks(self.run, regime, at, workspace, capacity)
             self._replayed = (key, found)
         return self._replayed[1]
+
+
+def _left_to_tensors(device: Device) -> int | None:
+    """Return what a card leaves to the allocator beside the CUDA context [bytes]."""
+    usable = device.capacity.usable_bytes
+    if usable is None:
+        return None
+    left = usable - device.constants.context.expected
+    return left if left > 0 else None
 
 
 def rounded_bytes(moment: Moment, at: Polynomial) -> int:
@@ -223,7 +233,7 @@ def answer(
     device = device_of(gpu, request)
     b, s = request.micro_batch_size, request.seq_len
     needed = needed_range(engine.read(b, s, device.constants).allocated, device.constants)
-    replayed = engine.blocks(b, s, device.constants)
+    replayed = engine.blocks(b, s, device)
     highest = tuple(
         Highest(moment, replayed.rounding.get(moment.name, 0))
         for moment in engine.step(b, s).highest(powers(b, s))

@@ -334,8 +334,6 @@ def _adapted(model: Any, method: Lora) -> Any:
                 bias=method.bias,
                 task_type="CAUSAL_LM",
             ),
-            # Adapters are born on meta like everything else, not drawn on the host.
-            low_cpu_mem_usage=True,
             autocast_adapter_dtype=method.adapter_dtype == "float32",
         )
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from estimator.eager.size import Polynomial
 from estimator.eager.tensor import Regime
-from estimator.memory.caching_allocator import CachingAllocator
+from estimator.memory.caching_allocator import CachingAllocator, OutOfMemory
 from estimator.memory.standing import optimizer_states, step_temporaries, trained_tensors
 from estimator.memory.trace import Recording, record
 from estimator.run import Run
@@ -31,14 +31,27 @@ class Blocks:
     reserved: int
 
 
-def blocks(run: Run, regime: Regime, at: Polynomial, workspace: int) -> Blocks:
+def blocks(
+    run: Run, regime: Regime, at: Polynomial, workspace: int, capacity: int | None
+) -> Blocks:
     """Replay a run at one micro-batch and length.
+
+    Near the end of its memory the allocator gives free segments back and holds less, so the card
+    decides too. A run that does not fit the card is replayed as if it had room.
 
     Args:
         at: powers of the micro-batch and length.
         workspace: bytes of one cuBLAS workspace.
+        capacity: what the card leaves to the allocator [bytes], None without a card.
     """
-    replayer = _Replayer(record(run, regime), at, workspace)
+    recording = record(run, regime)
+    try:
+        return _replayed(run, _Replayer(recording, at, workspace, capacity))
+    except OutOfMemory:
+        return _replayed(run, _Replayer(recording, at, workspace, None))
+
+
+def _replayed(run: Run, replayer: _Replayer) -> Blocks:
     replayer.load(_loaded(run))
     states = tuple(_states(run))
     temporaries = step_temporaries(run)
@@ -77,11 +90,13 @@ class _Replayer:
     Tensors of the step are known to the allocator by their number, all else by what it is.
     """
 
-    def __init__(self, recording: Recording, at: Polynomial, workspace: int) -> None:
+    def __init__(
+        self, recording: Recording, at: Polynomial, workspace: int, capacity: int | None
+    ) -> None:
         self.recording = recording
         self.sizes = [kind.size[0] * at[kind.size[1]] for kind in recording.kinds]
         self.workspace = workspace
-        self.allocator = CachingAllocator()
+        self.allocator = CachingAllocator(capacity)
         self.warm: set[str] = set()
         self.highest: dict[str, tuple[int, int]] = {}
 

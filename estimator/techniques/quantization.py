@@ -144,8 +144,8 @@ class Quantize:
         spec = run.spec.map_modules(quantize)
         if not any(isinstance(each, Linear) and each.format for each, _ in spec.module_counts()):
             note = (
-                f"transformers packs plain nn.Linear only; the layers of {spec.model_type} are of a "
-                "class of their own and keep their full width"
+                f"transformers packs plain nn.Linear only; the layers of {spec.model_type} are of "
+                "a class of their own and keep their full width"
             )
             spec = replace(spec, notes=(*spec.notes, note))
         return replace(run, spec=spec)
