@@ -138,8 +138,9 @@ def _efficient_accepts(
     if not query.shape[1] == key.shape[1] == value.shape[1]:
         return False
     alignment = _gemm_alignment(compute_capability, query.dtype.itemsize)
-    same_width = query.shape[-1] == key.shape[-1]
-    return same_width and query.shape[-1] % alignment == 0 and value.shape[-1] % alignment == 0
+    width, value_width = int(query.shape[-1]), int(value.shape[-1])
+    aligned = width % alignment == 0 and value_width % alignment == 0
+    return aligned and width == int(key.shape[-1])
 
 
 def _gemm_alignment(compute_capability: tuple[int, int], element_bytes: int) -> int:

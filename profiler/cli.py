@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from profiler.comparison import Comparison, Difference
     from profiler.engine import Progress
 
-# A command that is done before this shows no progress bar.
-_PATIENCE_SECONDS: Final = 1.0
 _ROWS_SHOWN: Final = 20
 
 _REQUEST_FILE: Final = click.Option(
@@ -111,26 +108,18 @@ def compare_engines(ctx: click.Context, /, **options: Any) -> int:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show on standard error how far the work is, once it takes longer than a second."""
+    """Show on standard error, if it is a terminal, how far the work is."""
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-    started = time.monotonic()
-    bar = Bar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    task = bar.add_task("", total=1.0)
-    shown = False
+    terminal = sys.stderr.isatty()
+    with Bar(console=Console(stderr=True), transient=True, disable=not terminal) as bar:
+        task = bar.add_task("loading torch and transformers", total=1.0)
 
-    def progress(share: float, text: str) -> None:
-        nonlocal shown
-        if not shown and time.monotonic() - started > _PATIENCE_SECONDS:
-            bar.start()
-            shown = True
-        bar.update(task, completed=share, description=text)
+        def progress(share: float, text: str) -> None:
+            bar.update(task, completed=share, description=text)
 
-    try:
         yield progress
-    finally:
-        bar.stop()
 
 
 def _config(request: EstimateRequest, options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from estimator.components import COMPONENTS
 from estimator.result import Result, ResultRow
 
 
-
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One component at the peak, or one phase of the step: the bytes of both engines."""
@@ -80,9 +79,7 @@ def _paired(left: dict[str, int], right: dict[str, int]) -> tuple[Difference, ..
     return tuple(Difference(name, left.get(name, 0), right.get(name, 0)) for name in names)
 
 
-def _unmatched(
-    left: Result, right: Result
-) -> tuple[tuple[ResultRow, ...], tuple[ResultRow, ...]]:
+def _unmatched(left: Result, right: Result) -> tuple[tuple[ResultRow, ...], tuple[ResultRow, ...]]:
     """Return the rows of each side that the other side has no row of the same size for.
 
     One engine may write as one row what the other writes as several, so rows of a component are

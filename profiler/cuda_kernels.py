@@ -42,12 +42,13 @@ class Kernels:
 
     def get(self, func: Any) -> Callable[..., Any]:
         """Return what stands for an operator; the operator itself for most."""
-        return self._table.get(func, func)
+        kernel: Callable[..., Any] = self._table.get(func, func)
+        return kernel
 
     def _flash(
         self, query: Any, key: Any, value: Any, dropout_p: float = 0.0, *_: Any, **__: Any
     ) -> Any:
-        """Follow mha_fwd of flash_attn/flash_api.cpp: the output lies in memory as the query does."""
+        """Follow mha_fwd of flash_attn/flash_api.cpp: the output is laid out as the query is."""
         batch, heads, seq_len, _ = query.shape
         out = torch.empty_like(query)
         logsumexp = query.new_empty(batch, heads, seq_len, dtype=torch.float32)
@@ -63,11 +64,15 @@ class Kernels:
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
     def _flash_package(self, query: Any, *_: Any, **__: Any) -> Any:
-        """Follow mha_fwd and mha_varlen_fwd of the flash-attn package: [b, s, H, d] or [t, H, d]."""
+        """Follow mha_fwd and mha_varlen_fwd of the package: [b, s, H, d] or [t, H, d]."""
         heads = query.shape[-2]
-        rows = (query.shape[0], heads, query.shape[1]) if query.dim() == 4 else (
-            heads,
-            query.shape[0],
+        rows = (
+            (query.shape[0], heads, query.shape[1])
+            if query.dim() == 4
+            else (
+                heads,
+                query.shape[0],
+            )
         )
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         logsumexp = query.new_empty(rows, dtype=torch.float32)
@@ -76,7 +81,14 @@ class Kernels:
         return out, logsumexp, rng_state, unused, query.new_empty(0)
 
     def _efficient(
-        self, query: Any, key: Any, value: Any, attn_bias: Any, compute_lse: bool, *_: Any, **__: Any
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_bias: Any,
+        compute_lse: bool,
+        *_: Any,
+        **__: Any,
     ) -> Any:
         """Follow _efficient_attention_forward of cuda/attention.cu: seeds stay on the host."""
         batch, heads, seq_len, _head_dim = query.shape

@@ -30,7 +30,7 @@ def eager_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         with (
-            mock.patch.object(import_utils, "is_fake_tensor", lambda _: False),
+            mock.patch.object(import_utils, "is_fake_tensor", return_value=False),
             mock.patch.object(PreTrainedModel, "_flash_attn_import_error", staticmethod(accept)),
             mock.patch.multiple(
                 modeling_flash_attention_utils,

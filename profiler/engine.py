@@ -88,9 +88,7 @@ def run(
         raise MissingDependencyError(
             f"the dry run needs {error.name!r}; run: pip install 'vramplan[profiler]'"
         ) from error
-    return fake_run(
-        request, dict(config), progress=progress or _silent, every_layer=every_layer
-    )
+    return fake_run(request, dict(config), progress=progress or _silent, every_layer=every_layer)
 
 
 def _silent(share: float, text: str) -> None:

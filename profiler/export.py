@@ -41,7 +41,7 @@ def series(trace: Trace) -> Series:
 
     Of a long step, the moment with the most bytes of each stretch stands for the stretch.
     """
-    live = dict.fromkeys(COMPONENTS, 0)
+    live: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     total = 0
     steady = len(trace.events) - trace.steady_from
     stretch = max(1, steady // _MAX_MOMENTS)

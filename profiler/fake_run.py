@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any, Final
@@ -45,13 +46,10 @@ def fake_run(
             run = _from_few_layers(request, resolved, progress)
             if run is not None:
                 return run
-        progress(0.2, "tracing every layer")
-        return _run(workload.meta_model(request, resolved), request, None)
+        return _run(workload.meta_model(request, resolved), request, None, progress)
 
 
-def _from_few_layers(
-    request: EstimateRequest, config: Any, progress: Progress
-) -> DryRun | None:
+def _from_few_layers(request: EstimateRequest, config: Any, progress: Progress) -> DryRun | None:
     """Return the run of the whole model from a short stack; None if no layer stands for others."""
     kinds = stack.kinds(workload.bare_model(request, config))
     how = stack.shortening(kinds)
@@ -62,19 +60,22 @@ def _from_few_layers(
     if not stack.same_layers(kinds, workload.bare_model(request, shortened), how):
         return None
     short = workload.meta_model(request, shortened)
-    progress(0.2, f"tracing {how.num_traced} of {how.num_layers} layers")
     try:
-        return _run(short, request, how)
+        return _run(short, request, how, progress)
     except NotPeriodicError:
         return None
 
 
-def _run(model: Any, request: EstimateRequest, how: Shortening | None) -> DryRun:
+def _run(
+    model: Any, request: EstimateRequest, how: Shortening | None, progress: Progress
+) -> DryRun:
     """Trace a model, and write out the layers that stand for others."""
     parameters = stack.parameters(model, how)
-    notes = workload.notes(request, model)
-    traced, managed = _traced(model, request, how)
-    return DryRun(unroll(traced, how) if how else traced, parameters, notes, managed)
+    traced, managed = _traced(model, request, how, progress)
+    progress(0.9, "writing out all layers")
+    whole = unroll(traced, how) if how else traced
+    notes = (*workload.notes(request, model), *_notes(request))
+    return DryRun(whole, parameters, notes, managed)
 
 
 def _names_layers(request: EstimateRequest) -> bool:
@@ -94,8 +95,15 @@ def _gpu(request: EstimateRequest) -> tuple[tuple[int, int], int]:
     return (int(major), int(minor)), gpu.multiprocessors or _A100[1]
 
 
+def _notes(request: EstimateRequest) -> tuple[str, ...]:
+    gpu = requested_gpu(request)
+    if gpu is None or gpu.compute_capability.partition(".")[0].isdigit():
+        return ()
+    return (f"{gpu.name}: traced with the kernels of an A100; those of its own are not known here",)
+
+
 def _traced(
-    model: Any, request: EstimateRequest, how: Shortening | None
+    model: Any, request: EstimateRequest, how: Shortening | None, progress: Progress
 ) -> tuple[Trace, int]:
     """Run two steps of a meta model on fake tensors; return the trace and the managed memory."""
     capability, multiprocessors = _gpu(request)
@@ -111,11 +119,14 @@ def _traced(
         with meter.watching(model, workload.sites(model)), meter:
             for tensor, path, operator, component in workload.standing(job):
                 meter.adopt(tensor, path, operator, component)
+            which = f"{how.num_traced} of {how.num_layers} layers" if how else "all layers"
+            progress(0.2, f"tracing {which}, first step")
             job.step(meter.phase)
             _own_states(meter, job.optimizer)
             meter.begin_steady_step()
+            progress(0.6, f"tracing {which}, second step")
             job.step(meter.phase)
-        return meter.trace(), optimizers.managed_bytes(model, job.optimizer, layers, how)
+        return meter.recorded(), optimizers.managed_bytes(model, job.optimizer, layers, how)
 
 
 def _own_states(meter: Meter, optimizer: Any) -> None:
@@ -140,6 +151,10 @@ def _refusals() -> Iterator[None]:
         UnsupportedFakeTensorException,
     )
 
+    # torch logs what it raises; the one line that the user gets says it already.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except EstimatorError:
@@ -158,6 +173,8 @@ def _refusals() -> Iterator[None]:
         raise InvalidRequestError(
             f"the training step itself refuses this run: {workload.one_line(error)}"
         ) from error
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager

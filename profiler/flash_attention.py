@@ -95,9 +95,7 @@ def _attend(
     if head_dim % 8:
         pad = (0, 8 - head_dim % 8)
         q, k, v = (torch.nn.functional.pad(tensor, pad) for tensor in (q, k, v))
-    q, k, v = (
-        tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v)
-    )
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     out = torch.ops.aten._flash_attention_forward(
         q,
         k,

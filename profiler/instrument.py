@@ -1,29 +1,27 @@
 """Follow the life of every storage while real code runs: who allocated it, when it dies.
 
 `Meter` is a dispatch mode. It sees each operator below autograd, registers the storages that the
-operator's results live on, and hears of a storage's death through a weak reference. Layers, module
-paths and the place in the backward pass come from module hooks and from autograd's sequence
-numbers: a node of the backward graph carries the number it got when its forward operator ran.
+operator's results live on, and hears of a storage's death through a weak reference.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any, Final
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from estimator.components import Component
 from profiler import trace
 from profiler.cuda_kernels import Kernels
 from profiler.known_values import KnownValues
+from profiler.places import NOWHERE, Place, Places
 from profiler.workspaces import Workspaces
 
 _DEVICE: Final = torch.ops.prim.device.default
@@ -42,15 +40,6 @@ _IN_PLACE_TWINS: Final = {
     torch.ops.aten.scatter_add.default: (torch.ops.aten.scatter_add_.default, 5),
 }
 _STORAGE_REFERENCES: Final = 2
-_ACCUMULATE_GRAD: Final = 2**64 - 1
-
-
-class _Death(weakref.ref):
-    """A weak reference to a storage that remembers which one it was."""
-
-    __slots__ = ("index",)
-
-    index: int
 
 
 class _Record:
@@ -88,7 +77,7 @@ class _Record:
         )
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
     """Record births and deaths of storages, in order.
 
     Args:
@@ -106,7 +95,7 @@ class Meter(TorchDispatchMode):
         in_place_accumulation: bool = True,
     ) -> None:
         super().__init__()
-        self._layer_path = re.compile(rf"{re.escape(layers)}\.(\d+)(\.|$)") if layers else None
+        self._places = Places(layers)
         self._workspaces = workspaces
         self._in_place = in_place_accumulation
         self._known = KnownValues()
@@ -114,29 +103,21 @@ class Meter(TorchDispatchMode):
         self._host: set[int] = set()
         self._records: list[_Record] = []
         self._events: list[trace.Event] = []
-        self._deaths: dict[int, _Death] = {}
+        self._deaths: dict[int, weakref.ref[Any]] = {}
         self._index: dict[int, int] = {}
         self._phase = trace.LOAD
-        self._paths: dict[int, str] = {}
-        self._stack: list[str] = []
-        self._layer: int | None = None
-        self._node_starts: list[int] = [0]
-        self._node_places: list[tuple[str, int | None]] = [("", None)]
         self._loss_sequence: int | None = None
-        self._parameter_paths: dict[int, str] = {}
         self._parents: dict[int, tuple[int, ...]] = {}
         self._cublas: set[str] = set()
         self._sites: dict[str, str] = {}
-        self._worked_for: tuple[str, int | None] = ("", None)
+        self._worked_for = NOWHERE
         self._making_batch = False
         self._steady_from = 0
 
-    # -- what the driver tells ------------------------------------------------------------------
-
     def phase(self, name: str) -> None:
         """Begin a phase of the step."""
-        self._layer = None
-        self._worked_for = ("", None)
+        self._places.layer = None
+        self._worked_for = NOWHERE
         if name == trace.LOSS_FORWARD:
             self._loss_sequence = torch._C._autograd._get_sequence_nr()
         elif name == trace.FORWARD:
@@ -153,23 +134,20 @@ class Meter(TorchDispatchMode):
 
     def adopt(self, tensor: torch.Tensor, path: str, operator: str, component: Component) -> None:
         """Register a tensor that lived before tracing began, under the path of its owner."""
-        layer = self._layer_of(path)
-        self._register(tensor, operator, path, layer, component)
+        self._register(tensor, operator, self._places.of_path(path), component)
 
     def own(self, tensor: torch.Tensor, parameter: torch.Tensor, component: Component) -> None:
         """Say that a storage is kept for a parameter, for as long as the optimizer lives."""
         index = self._index.get(tensor.untyped_storage()._cdata)
-        path = self._parameter_paths.get(id(parameter))
-        if index is not None and path is not None:
+        if index is not None:
+            place = self._places.of_parameter(parameter)
             record = self._records[index]
-            record.component, record.layer = component, self._layer_of(path)
-            record.module = self._shown(path, record.layer)
+            record.component, record.layer = component, place.layer
+            record.module = self._places.shown(place)
 
     def work_for(self, parameter: torch.Tensor) -> None:
         """Say for which parameter the optimizer works from here on."""
-        path = self._parameter_paths.get(id(parameter), "")
-        layer = self._layer_of(path)
-        self._worked_for = (self._shown(path, layer), layer)
+        self._worked_for = self._places.of_parameter(parameter)
 
     def mark(self, tensor: torch.Tensor, component: Component) -> None:
         """Say to which component a storage belongs, whatever it was taken for at birth."""
@@ -189,12 +167,16 @@ class Meter(TorchDispatchMode):
             del self._deaths[index]
             self._records[index].bytes = 0
 
-    def trace(self) -> trace.Trace:
+    def recorded(self) -> trace.Trace:
         """Return what was recorded; host tensors are left out."""
         kept = [index for index, record in enumerate(self._records) if record.bytes]
         renumbered = {index: new for new, index in enumerate(kept)}
-        first = [event for event in self._events[: self._steady_from] if event.storage in renumbered]
-        second = [event for event in self._events[self._steady_from :] if event.storage in renumbered]
+        first = [
+            event for event in self._events[: self._steady_from] if event.storage in renumbered
+        ]
+        second = [
+            event for event in self._events[self._steady_from :] if event.storage in renumbered
+        ]
         return trace.Trace(
             storages=tuple(self._frozen(self._records[index]) for index in kept),
             events=tuple(
@@ -222,8 +204,6 @@ class Meter(TorchDispatchMode):
         layer = self._records[event.storage].layer if event.layer is None else event.layer
         return event._replace(storage=storage, layer=layer)
 
-    # -- modules --------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def watching(self, model: torch.nn.Module, sites: dict[str, str]) -> Iterator[None]:
         """Follow the modules of a model, and the gradients of its parameters.
@@ -233,87 +213,26 @@ class Meter(TorchDispatchMode):
             sites: what the modules outside the layers are called, by dotted path.
         """
         self._sites = sites
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        handles = [
-            torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
-            torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
+        hooks = [
+            parameter.register_hook(self._gradient)
+            for parameter in model.parameters()
+            if parameter.requires_grad
         ]
-        for path, parameter in model.named_parameters():
-            self._parameter_paths[id(parameter)] = path
-            if parameter.requires_grad:
-                handles.append(parameter.register_hook(self._gradient))
         try:
-            yield
+            with self._places.watching(model):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, module: torch.nn.Module, _: Any) -> None:
-        path = self._paths.get(id(module))
-        if path is None:
-            return
-        self._stack.append(path)
-        layer = self._layer_of(path)
-        if layer is not None or len(self._stack) == 1 or not self._holds_layers(path):
-            self._layer = layer
-        self._note_place()
-
-    def _leave(self, module: torch.nn.Module, *_: Any) -> None:
-        path = self._paths.get(id(module))
-        if path is None or path not in self._stack:
-            return
-        # A recomputation that stops early leaves inner modules without their post-hook.
-        while self._stack.pop() != path:
-            pass
-        self._note_place()
-
-    def _note_place(self) -> None:
-        self._node_starts.append(torch._C._autograd._get_sequence_nr())
-        self._node_places.append((self._stack[-1] if self._stack else "", self._layer))
-
-    def _holds_layers(self, path: str) -> bool:
-        return self._layer_path is not None and self._layer_path.pattern.startswith(
-            re.escape(path)
-        )
-
-    def _layer_of(self, path: str) -> int | None:
-        match = self._layer_path.search(path) if self._layer_path else None
-        return int(match[1]) if match else None
-
-    def _shown(self, path: str, layer: int | None) -> str:
-        """Return a module path with the index of its layer written `*`."""
-        if layer is None or self._layer_path is None:
-            return path
-        return self._layer_path.sub(lambda match: match[0].replace(match[1], "*"), path)
-
-    def _place(self) -> tuple[str, int | None]:
-        """Return the module path and the layer that the current operator works for."""
-        if self._stack:
-            return self._stack[-1], self._layer
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return "", self._layer
-        sequence = node._sequence_nr()
-        if sequence == _ACCUMULATE_GRAD:
-            path = self._parameter_paths.get(id(getattr(node, "variable", None)), "")
-            return path, self._layer_of(path)
-        if self._loss_sequence is not None and self._phase == trace.LOSS_BACKWARD:
-            if sequence < self._loss_sequence:
-                self._phase = trace.BACKWARD
-        return self._node_places[bisect_right(self._node_starts, sequence) - 1]
-
-    # -- operators ------------------------------------------------------------------------------
+            for hook in hooks:
+                hook.remove()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE:
-            return func(*args, **kwargs)
-        path, layer = self._place()
-        if self._phase == trace.OPTIMIZER_STEP:
-            path, layer = self._worked_for = self._owner_in_step(args)
-        self._layer = layer
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        place = self._place(args)
+        self._places.layer = place.layer
         twin, references = _IN_PLACE_TWINS.get(func, (None, 0))
         if twin is not None and self._in_place and self._overwrites(args, kwargs, references):
             out = twin(*args)
@@ -326,12 +245,26 @@ class Meter(TorchDispatchMode):
                 kernel = self._kernels.get(func) if self._kernels is not None else func
                 out = kernel(*args, **kwargs)
                 self._known.follow(func, args, kwargs, out)
-        self._born(func, args, out, path, layer)
+        self._born(func, args, out, place)
         return out
 
-    def _overwrites(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], references: int
-    ) -> bool:
+    def _place(self, args: tuple[Any, ...]) -> Place:
+        """Return for which module and layer an operator works."""
+        if self._phase == trace.OPTIMIZER_STEP:
+            self._worked_for = self._owner_in_step(args)
+            return self._worked_for
+        if self._phase == trace.LOSS_BACKWARD and not self._in_loss():
+            self._phase = trace.BACKWARD
+        return self._places.now()
+
+    def _in_loss(self) -> bool:
+        """Whether the backward pass is still at what the loss function did."""
+        node = torch._C._current_autograd_node()
+        if node is None or self._loss_sequence is None:
+            return True
+        return bool(node._sequence_nr() >= self._loss_sequence)
+
+    def _overwrites(self, args: tuple[Any, ...], kwargs: dict[str, Any], references: int) -> bool:
         """Whether autograd works here on a tensor that nobody else holds, and would overwrite it.
 
         The tests of `accumulate`: gradients are not recorded, the last reference is the engine's,
@@ -352,9 +285,7 @@ class Meter(TorchDispatchMode):
             and torch._C._storage_Use_Count(target.untyped_storage()._cdata) == _STORAGE_REFERENCES
         )
 
-    def _born(
-        self, func: Any, args: tuple[Any, ...], out: Any, path: str, layer: int | None
-    ) -> None:
+    def _born(self, func: Any, args: tuple[Any, ...], out: Any, place: Place) -> None:
         """Register the storages of an operator's results, and the kernel's own workspaces."""
         updating = self._phase == trace.OPTIMIZER_STEP
         inputs = _tensor_list(args)
@@ -362,35 +293,35 @@ class Meter(TorchDispatchMode):
             if tensor.untyped_storage()._cdata in self._index:
                 continue
             if updating and position < len(inputs):
-                path, layer = self._owner_of(inputs[position]) or ("", None)
+                place = self._owner_of(inputs[position]) or NOWHERE
             component: Component = "buffers" if self._making_batch else "activations"
             if updating:
                 component = "gradients" if self._copies_gradient(func, args) else "workspace"
-            self._register(tensor, str(func), path, layer, component)
+            self._register(tensor, str(func), place, component)
         if func is _ADD and not torch.is_grad_enabled():
             self._remember_parents(args, out)
         if self._workspaces is not None:
-            self._transients(self._workspaces.of(func, args, out), path, layer)
+            self._transients(self._workspaces.of(func, args, out), place)
             self._cublas_workspace(func)
 
-    def _owner_in_step(self, args: tuple[Any, ...]) -> tuple[str, int | None]:
+    def _owner_in_step(self, args: tuple[Any, ...]) -> Place:
         """Return for which module and layer the optimizer works.
 
         An operator on one tensor works for that tensor's owner, one on lists for nobody in
         particular, and one that makes a tensor of nothing for whoever was worked for before.
         """
         if _tensor_list(args):
-            return "", None
+            return NOWHERE
         return (self._owner_of(args[0]) if args else None) or self._worked_for
 
-    def _owner_of(self, value: Any) -> tuple[str, int | None] | None:
+    def _owner_of(self, value: Any) -> Place | None:
         """Return the module and the layer of a registered tensor."""
         if not isinstance(value, torch.Tensor):
             return None
         index = self._index.get(value.untyped_storage()._cdata)
         if index is None:
             return None
-        return self._records[index].module, self._records[index].layer
+        return Place(self._records[index].module, self._records[index].layer)
 
     def _copies_gradient(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether an optimizer makes a copy of a gradient in another type, to step with it."""
@@ -416,8 +347,7 @@ class Meter(TorchDispatchMode):
         self,
         tensor: torch.Tensor,
         operator: str,
-        path: str,
-        layer: int | None,
+        place: Place,
         component: Component,
     ) -> None:
         storage = tensor.untyped_storage()
@@ -435,8 +365,8 @@ class Meter(TorchDispatchMode):
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 shape=tuple(tensor.shape),
                 phase=self._phase,
-                module=self._shown(path, layer),
-                layer=layer,
+                module=self._places.shown(place),
+                layer=place.layer,
                 operator=operator.removesuffix(".default"),
                 component=component,
             )
@@ -449,35 +379,33 @@ class Meter(TorchDispatchMode):
             if self._deaths.pop(index, None) is not None:
                 self._record_event(index, is_alloc=False)
 
-        self._deaths[index] = _Death(storage, died)
+        self._deaths[index] = weakref.ref(storage, died)
         self._record_event(index, is_alloc=True)
 
     def _record_event(self, index: int, *, is_alloc: bool) -> None:
         # An optimizer's state belongs to its parameter, which may be learnt only after its birth.
         by_owner = is_alloc and self._phase == trace.OPTIMIZER_STEP
-        layer = None if by_owner else self._layer
+        layer = None if by_owner else self._places.layer
         self._events.append(trace.Event(index, is_alloc, self._phase, layer))
 
-    def _transients(
-        self, buffers: Iterable[tuple[str, int]], path: str, layer: int | None
-    ) -> None:
+    def _transients(self, buffers: Iterable[tuple[str, int]], place: Place) -> None:
         """Record the buffers that a kernel takes together and gives back before it returns."""
         born = []
         for operator, size in buffers:
             born.append(len(self._records))
-            self._records.append(self._workspace(operator, size, path, layer))
+            self._records.append(self._workspace(operator, size, place))
             self._record_event(born[-1], is_alloc=True)
         for index in born:
             self._record_event(index, is_alloc=False)
 
-    def _workspace(self, operator: str, size: int, path: str, layer: int | None) -> _Record:
+    def _workspace(self, operator: str, size: int, place: Place) -> _Record:
         return _Record(
             size=size,
             dtype="uint8",
             shape=(size,),
             phase=self._phase,
-            module=self._shown(path, layer),
-            layer=layer,
+            module=self._places.shown(place),
+            layer=place.layer,
             operator=operator,
             component="workspace",
         )
@@ -496,7 +424,7 @@ class Meter(TorchDispatchMode):
         self._cublas.add(thread)
         index = len(self._records)
         handle = f"cuBLAS handle of the {thread} thread"
-        self._records.append(self._workspace(handle, self._workspaces.cublas_bytes, "", None))
+        self._records.append(self._workspace(handle, self._workspaces.cublas_bytes, NOWHERE))
         self._events.append(trace.Event(index, True, self._phase, None))
 
     def _gradient(self, gradient: torch.Tensor) -> None:
@@ -512,7 +440,8 @@ def _deaths_by_age(events: list[trace.Event]) -> Iterator[trace.Event]:
     for (is_alloc, *_), group in groupby(
         events, key=lambda event: (event.is_alloc, event.phase, event.layer)
     ):
-        yield from group if is_alloc else sorted(group)
+        together = list(group)
+        yield from together if is_alloc else sorted(together)
 
 
 def _called_by_engine() -> bool:

@@ -50,9 +50,7 @@ class KnownValues:
         self._twins[out] = twin
         return out
 
-    def follow(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Compute the real twin of an operator's result where all of its inputs have one."""
         if not isinstance(out, FakeTensor) or out.dtype not in _EXACT:
             return

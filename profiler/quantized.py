@@ -138,6 +138,6 @@ def is_fused(
     if tokens > ops._gemm_4bit_custom_max_m or in_features % BLOCK:
         return False
     device = (multiprocessors, *compute_capability)
-    with mock.patch.object(ops, "_gpu_dispatch_props", lambda _: device):
+    with mock.patch.object(ops, "_gpu_dispatch_props", return_value=device):
         heuristic = ops._gemm_4bit_use_custom_cuda.__wrapped__
         return bool(heuristic(0, dtype, tokens, out_features, in_features))

@@ -71,7 +71,8 @@ class Event(NamedTuple):
     layer: int | None
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     """Storages of one kind that are alive together."""
 
     component: Component

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from profiler.trace import Event, Storage, Trace
 
-# A template has a regular layer on each side, because layers refer to their neighbours' tensors; and
+# A template has a regular layer on each side, because layers refer to their neighbours' tensors;
 # behind the upper one stands the last layer, whose output is the final norm's input.
 _NEIGHBOURS: Final = 1
 _TAIL: Final = _NEIGHBOURS + 1
@@ -94,7 +94,7 @@ class Shortening:
 
 
 class _Key(NamedTuple):
-    """Where in the trace a storage is born: which pass over the layers, which layer, the how-manyth."""
+    """Where in the trace a storage is born: pass over the layers, layer, how many before it."""
 
     sweep: int
     layer: int

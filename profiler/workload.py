@@ -244,8 +244,13 @@ def sites(model: Any) -> dict[str, str]:
     """Return what the modules outside the layers are called in the result, by dotted path."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     prefix = next(path for path, module in model.named_modules() if module is base)
-    names = {id(base.get_input_embeddings()): "embeddings", id(base.get_output_embeddings()): "head"}
-    found = {path: names[id(module)] for path, module in model.named_modules() if id(module) in names}
+    names = {
+        id(base.get_input_embeddings()): "embeddings",
+        id(base.get_output_embeddings()): "head",
+    }
+    found = {
+        path: names[id(module)] for path, module in model.named_modules() if id(module) in names
+    }
     decoder = getattr(base, base.base_model_prefix, base)
     for path, module in decoder.named_children():
         if "norm" in path or "ln_f" in path:
@@ -301,8 +306,9 @@ def bare_model(request: EstimateRequest, config: Any) -> Any:
                 attn_implementation=attention,
                 trust_remote_code=False,
             )
-    except (ValueError, ImportError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise InvalidRequestError(f"transformers refuses this model: {one_line(error)}") from error
+    except Exception as error:
+        # Each model class has its own way to fail on a configuration that it cannot build.
+        raise InvalidConfigError(f"transformers refuses this model: {one_line(error)}") from error
 
 
 def _quantized(model: Any, request: EstimateRequest) -> Any:
@@ -323,7 +329,7 @@ def _adapted(model: Any, method: Lora) -> Any:
     peft = _import("peft")
     targets = method.target_modules
     try:
-        return peft.get_peft_model(
+        adapted = peft.get_peft_model(
             model,
             peft.LoraConfig(
                 r=method.r,
@@ -338,6 +344,25 @@ def _adapted(model: Any, method: Lora) -> Any:
         )
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise InvalidRequestError(f"PEFT refuses this recipe: {one_line(error)}") from error
+    if method.adapter_dtype == "base":
+        _cast_adapters(adapted)
+    return adapted
+
+
+def _cast_adapters(model: Any) -> None:
+    """Give adapters the type of the layer that they stand beside.
+
+    PEFT does so when it puts an adapter in place, but not on the meta device
+    (tuners/tuners_utils.py, BaseTunerLayer._move_adapter_to_device_of_base_layer).
+    """
+    layer_class = _import("peft.tuners.tuners_utils").BaseTunerLayer
+    for layer in model.modules():
+        if not isinstance(layer, layer_class):
+            continue
+        dtype = layer.get_base_layer().weight.dtype
+        if dtype.is_floating_point:
+            for name in layer.adapter_layer_names:
+                getattr(layer, name).to(dtype)
 
 
 def _wrap_autocast(model: Any, dtype: str | None, device: str) -> None:

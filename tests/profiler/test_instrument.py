@@ -78,16 +78,14 @@ def _traced(
     """Return the changes of memory in the second step on fake tensors, without CUDA's ways."""
     with _prepared(asked, config) as model, FakeTensorMode():
         job = workload.start(model, asked, "cpu")
-        meter = Meter(
-            layers=stack.layers_path(model), in_place_accumulation=in_place_accumulation
-        )
+        meter = Meter(layers=stack.layers_path(model), in_place_accumulation=in_place_accumulation)
         with meter.watching(model, {}), meter:
             for tensor, path, operator, component in workload.standing(job):
                 meter.adopt(tensor, path, operator, component)
             job.step(meter.phase)
             meter.begin_steady_step()
             job.step(meter.phase)
-        trace = meter.trace()
+        trace = meter.recorded()
     return [
         trace.storages[event.storage].bytes * (1 if event.is_alloc else -1)
         for event in trace.events[trace.steady_from :]

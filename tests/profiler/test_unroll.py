@@ -10,24 +10,33 @@ from profiler.trace import Event, Storage, Trace
 from profiler.unroll import NotPeriodicError, Shortening, unroll
 from tests.profiler.recipes import TINY, traced
 
-EIGHT = {**TINY, "num_hidden_layers": 8}
+# One layer more than is traced, for a stack of one kind of layers.
+SIX = {**TINY, "num_hidden_layers": 6}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "full, foreach": (EIGHT, {"optimizer": "adamw_torch"}),
-    "autocast and checkpointing": (
-        EIGHT,
-        {"precision": "amp_bf16", "activation_checkpointing": "full"},
+    "full, foreach, tied head": (
+        {**SIX, "tie_word_embeddings": True},
+        {"optimizer": "adamw_torch"},
     ),
-    "lora with dropout": (EIGHT, {"method": {"name": "lora", "r": 4, "lora_dropout": 0.1}}),
-    "qlora, paged": (
-        {**EIGHT, "hidden_size": 256},
-        {"method": "qlora", "autocast": "bf16", "optimizer": "paged_adamw_8bit"},
+    "autocast, checkpointing, master copies": (
+        SIX,
+        {"precision": "master_bf16", "autocast": "bf16", "activation_checkpointing": "full"},
     ),
-    "adafactor": (EIGHT, {"optimizer": "adafactor"}),
-    "master copies": (EIGHT, {"precision": "master_bf16"}),
-    "accumulation, padding": (EIGHT, {"gradient_accumulation_steps": 3, "padding": True}),
-    "gpt2": ({"model_type": "gpt2", "n_embd": 64, "n_layer": 8, "n_head": 4}, {"seq_len": 65}),
+    "qlora, dropout, padding, paged states": (
+        SIX,
+        {
+            "method": {"name": "qlora", "r": 4, "lora_dropout": 0.1},
+            "autocast": "bf16",
+            "padding": True,
+            "optimizer": "paged_adamw_8bit",
+        },
+    ),
+    "accumulation, adafactor": (
+        SIX,
+        {"gradient_accumulation_steps": 3, "optimizer": "adafactor"},
+    ),
+    "gpt2": ({"model_type": "gpt2", "n_embd": 64, "n_layer": 6, "n_head": 4}, {"seq_len": 65}),
     "two kinds of layers": (
-        {**TINY, "model_type": "gemma2", "head_dim": 16, "num_hidden_layers": 12},
+        {**TINY, "model_type": "gemma2", "head_dim": 16, "num_hidden_layers": 10},
         {"seq_len": 33},
     ),
 }

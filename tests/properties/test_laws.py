@@ -83,12 +83,12 @@ def test_the_same_request_gives_the_same_document_to_the_byte(document):
 @given(documents())
 def test_what_is_alive_at_a_moment_sums_to_the_moment(document):
     request = parse_request(document)
+    b, s = request.micro_batch_size, request.seq_len
     try:
-        engine = engine_for(request, document["model"]["config"], "drawn")
+        step = engine_for(request, document["model"]["config"], "drawn").step(b, s)
     except (CannotEstimateError, InvalidRequestError):
         return
-    b, s = request.micro_batch_size, request.seq_len
-    for moment in engine.step(b, s).moments:
+    for moment in step.moments:
         assert moment.alive.polynomial() == moment.total
         assert all(entry.count > 0 for entry in moment.alive.entries)
         assert moment.bytes_at(powers(b, s)) > 0
