@@ -13,8 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils.weak import WeakIdKeyDictionary
 
-# A batch of token ids is far below this; an S x S mask is above it and is never asked for.
-_MAX_ELEMENTS: Final = 2**20
+# A batch of token ids is below this; a large s x s mask is above it, and is never asked for.
+_MAX_ELEMENTS: Final = 2**23
 _READ: Final = torch.ops.aten._local_scalar_dense.default
 # The shape of their result is the number of values that pass a test.
 _COUNTING: Final = (torch.ops.aten.nonzero.default,)
