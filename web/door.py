@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from estimator.service import estimate
-
 from estimator.catalog import Access
 from estimator.errors import EstimatorError, InvalidRequestError
 from estimator.request import EstimateRequest
 from estimator.result import Result
+from estimator.service import estimate
 from web.shield import Metrics
 
 
