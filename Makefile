@@ -39,8 +39,9 @@ conformance: $(VENV)/.installed-dev  ## Analytic engine against dry run, the who
 accuracy: $(VENV)/.installed-dev  ## Published measurements against our answers
 	$(BIN)/python -m benchmarks.accuracy
 
-bench: $(VENV)/.installed-dev  ## Speed of the estimate and of the command
+bench: $(VENV)/.installed-dev  ## Speed of the estimate, of the command and of the dry run
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.dry_run
 
 clean:  ## Remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
