@@ -12,7 +12,6 @@ class DType(Enum):
     BFLOAT16 = ("bfloat16", 2)
     FLOAT16 = ("float16", 2)
     INT64 = ("int64", 8)
-    INT32 = ("int32", 4)
     UINT8 = ("uint8", 1)
     BOOL = ("bool", 1)
 

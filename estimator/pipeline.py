@@ -275,7 +275,11 @@ def answer(
 
 
 MODELLED_STACK = "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2"
-NOT_MODELLED = ("host memory", "evaluation, saving and merging")
+NOT_MODELLED = (
+    "host memory",
+    "evaluation, saving and merging",
+    "the requested confidence: the ranges are priors, and no coverage is promised yet",
+)
 
 
 def _defaults(request: EstimateRequest) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from estimator.techniques.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)
-class Regime:
+class Storage:
     """One word of the request's `precision`."""
 
     storage: DType
@@ -20,13 +20,13 @@ class Regime:
     master_weights: bool = False
 
 
-PRECISIONS: Final[dict[str, Regime]] = {
-    "fp32": Regime(DType.FLOAT32),
-    "bf16": Regime(DType.BFLOAT16),
-    "fp16": Regime(DType.FLOAT16),
-    "master_bf16": Regime(DType.BFLOAT16, master_weights=True),
-    "amp_bf16": Regime(DType.FLOAT32, DType.BFLOAT16),
-    "amp_fp16": Regime(DType.FLOAT32, DType.FLOAT16),
+PRECISIONS: Final[dict[str, Storage]] = {
+    "fp32": Storage(DType.FLOAT32),
+    "bf16": Storage(DType.BFLOAT16),
+    "fp16": Storage(DType.FLOAT16),
+    "master_bf16": Storage(DType.BFLOAT16, master_weights=True),
+    "amp_bf16": Storage(DType.FLOAT32, DType.BFLOAT16),
+    "amp_fp16": Storage(DType.FLOAT32, DType.FLOAT16),
 }
 AUTOCAST: Final[dict[str, DType]] = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16}
 
