@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from estimator.calibration import ALLOCATED, HANDLES, NEEDED, RESERVED, DeviceConstants
 from estimator.components import COMPONENTS, Component
@@ -17,16 +18,14 @@ _ROUNDING: Final = Cite("torch-allocator", "round_size, get_allocation_size and 
 _MANAGED: Final = "bitsandbytes: optim/optimizer.py, get_state_buffer"
 
 
-@dataclass(frozen=True, slots=True)
-class Highest:
+class Highest(Struct, frozen=True):
     """The highest instant of a named moment, and what block sizes add to it [bytes]."""
 
     moment: Moment
     rounding: int
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(Struct, frozen=True):
     """How moments look at one micro-batch and length on one kind of device.
 
     Args:

@@ -6,8 +6,9 @@ assumption that the result names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from estimator.result import Range
 from estimator.sources import Assumption, Cite
@@ -17,8 +18,7 @@ HANDLES: Final = 2
 """cuBLAS workspaces: one for the main thread's handle, one for the backward thread's."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceConstants:
+class DeviceConstants(Struct, frozen=True):
     """Memory that a process needs on one architecture beside its tensors [bytes].
 
     Args:
@@ -61,8 +61,7 @@ def device_constants(compute_capability: str) -> DeviceConstants:
     return DeviceConstants(_HOPPER if hopper else _OTHERS, _CUBLAS, context, reason)
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(Struct, frozen=True):
     """How far a measurement may lie from the expected value, as factors."""
 
     low: float

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 
 
 def main() -> None:
     """Run the command and end the process with its exit code."""
-    # pydantic would read every installed package, in search of plug-ins that no estimate uses.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # A run this short makes no garbage; loading a server or a dry run collects again (plugins.py).
     gc.disable()
     try:

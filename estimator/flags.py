@@ -7,14 +7,13 @@ place in the help and one line of text. The profiler's commands take the same fl
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import groupby
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import click
 from click.core import ParameterSource
-from pydantic import BaseModel
+from msgspec import NODEFAULT, Struct, structs
 
 from estimator.errors import InvalidRequestError
 from estimator.request import (
@@ -34,8 +33,7 @@ else:
     ParamType = click.ParamType
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
+class Flag(Struct, frozen=True):
     """A flag, the JSON pointer of the field that it sets, and its line in the help."""
 
     option: str
@@ -142,8 +140,7 @@ _SHORT_CHOICES: Final[dict[str, tuple[str, ...]]] = {"/method/name": tuple(METHO
 _KINDS: Final = ("method", "quantization", "optimizer")
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(Struct, frozen=True):
     """A leaf of the request: its type without None, whether None is allowed, and its default."""
 
     types: tuple[Any, ...]
@@ -169,13 +166,17 @@ def request_fields() -> dict[str, Field]:
 
 
 def _leaves(
-    section: type[BaseModel], prefix: str, default: BaseModel | None
+    section: type[Section], prefix: str, default: Section | None
 ) -> Iterator[tuple[str, Field]]:
-    for name, info in section.model_fields.items():
-        pointer = f"{prefix}/{name}"
-        members = tuple(_members(info.annotation))
+    tag = section.__struct_config__.tag
+    if tag is not None:
+        yield f"{prefix}/name", Field((Literal[tag],), False, getattr(default, "name", None))
+    for info in structs.fields(section):
+        pointer = f"{prefix}/{info.name}"
+        members = tuple(_members(info.type))
         inner = [kind for kind in members if _is_section(kind)]
-        value = info.default if info.is_required() else getattr(default, name, info.default)
+        own = None if info.default is NODEFAULT else info.default
+        value = getattr(default, info.name, own)
         if not inner:
             types = tuple(kind for kind in members if kind is not type(None))
             yield pointer, Field(types, type(None) in members, value)

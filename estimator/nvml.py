@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from estimator.errors import NoDriverError
 from estimator.units import Bytes, MiB
@@ -15,8 +16,7 @@ TIMEOUT_SECONDS: Final = 10.0
 _FIELDS: Final = "name,memory.total,memory.free,memory.used,driver_version"
 
 
-@dataclass(frozen=True, slots=True)
-class LiveGpu:
+class LiveGpu(Struct, frozen=True):
     """One GPU now.
 
     Args:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
+
+from msgspec import Struct
 
 from estimator import __version__
 from estimator.breakdown import Highest, View, assumptions, outside
@@ -40,16 +41,14 @@ SORTED_EMBEDDING_TOKENS = 3072
 FUSED_4BIT_TOKENS = 1536
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(Struct, frozen=True):
     """The GPU of a request: its constants and what it offers [bytes]."""
 
     capacity: Capacity
     constants: DeviceConstants
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """The peak at one micro-batch and length, read off the polynomials.
 
     Args:
@@ -176,11 +175,17 @@ def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
     return Device(Capacity(name, usable, source), constants)
 
 
+# The fields that an engine is made for; it answers every micro-batch and length of theirs.
+_RECIPE: Final = tuple(
+    field
+    for field in EstimateRequest.__struct_fields__
+    if field not in ("model", "micro_batch_size", "seq_len", "hardware", "confidence", "optimizer")
+)
+
+
 def engine_for(request: EstimateRequest, config: Mapping[str, Any], name: str) -> Engine:
     """Return the engine of a request's model and recipe; the latest are kept."""
-    recipe = request.model_dump_json(
-        exclude={"model", "micro_batch_size", "seq_len", "hardware", "confidence", "optimizer"}
-    )
+    recipe = tuple(getattr(request, field) for field in _RECIPE)
     key = (name, id(config), recipe, request.optimizer)
     engine = _engine(_Asked(request, config, name, key))
     check_length(engine.run.spec, request.seq_len)
@@ -266,7 +271,7 @@ def answer(
         parameters=Parameters(total=total, trainable=spec.trainable_parameters(), active=total),
         limits=Limits(None, None, None, None),
         suggestions=(),
-        request=request.model_dump(mode="json"),
+        request=request.to_dict(),
         assumptions=assumptions(peak.moment, device.constants),
         notes=(*spec.notes, *_defaults(request)),
         not_modelled=(*NOT_MODELLED, *PROFILES[request.software.version].not_modelled),
@@ -283,14 +288,14 @@ NOT_MODELLED = (
 
 
 def _defaults(request: EstimateRequest) -> tuple[str, ...]:
-    """Return one note that names every field left to its default."""
-    given = request.model_fields_set
-    left = [name for name in EstimateRequest.model_fields if name not in given]
-    if not left:
-        return ()
-    values = request.model_dump(mode="json")
-    shown = ", ".join(f"{name} {_short(values[name])}" for name in left if name in _TOLD)
+    """Return one note that names every field that has its default value."""
+    values, default = request.to_dict(), _DEFAULT.to_dict()
+    same = [name for name in _TOLD if values[name] == default[name]]
+    shown = ", ".join(f"{name} {_short(values[name])}" for name in same)
     return (f"defaults: {shown}",) if shown else ()
+
+
+_DEFAULT: Final = EstimateRequest(model="")
 
 
 _TOLD = (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Literal
+
+from msgspec import Struct
 
 from estimator.calibration import needed_range
 from estimator.catalog import Gpu, gpus
@@ -15,7 +16,7 @@ from estimator.request import (
     MAX_SEQ_LEN,
     EstimateRequest,
     Lora,
-    expand_short_forms,
+    convert_request,
 )
 from estimator.result import Limits, Suggestion, Verdict
 from estimator.verdict import judge
@@ -24,8 +25,7 @@ SHOWN: Final = 3
 _RANK: Final = {"none": 0, "slower": 1, "changes training": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(Struct, frozen=True):
     """A request with its model and card, as the planner varies it."""
 
     request: EstimateRequest
@@ -119,8 +119,7 @@ def _by_memory() -> list[Gpu]:
 # -- suggestions -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
+class _Change(Struct, frozen=True):
     fields: dict[str, Any]
     summary: str
     cost: Literal["none", "slower", "changes training"]
@@ -172,9 +171,7 @@ def _used(question: Question, request: EstimateRequest | None) -> tuple[int, Ver
 
 
 def _changed(request: EstimateRequest, fields: dict[str, Any]) -> EstimateRequest | None:
-    values = request.model_dump(mode="json")
-    values.update(expand_short_forms(fields))
-    return EstimateRequest.model_validate(values, strict=False)
+    return convert_request({**request.to_dict(), **fields})
 
 
 def _changes(request: EstimateRequest) -> Iterator[_Change]:
@@ -185,11 +182,11 @@ def _changes(request: EstimateRequest) -> Iterator[_Change]:
         change = {"attention": "flash_attention_2"}
         yield _Change(change, "attention flash_attention_2, which needs no dense mask", "none")
     if request.loop.keep_outputs:
-        loop = {**request.loop.model_dump(), "keep_outputs": False}
+        loop = {**request.loop.to_dict(), "keep_outputs": False}
         yield _Change({"loop": loop}, "drop the outputs before backward", "none")
     if request.optimizer.name in ("adam", "adamw"):
         if request.optimizer.implementation in ("foreach", "single"):
-            fused = {**request.optimizer.model_dump(), "implementation": "fused"}
+            fused = {**request.optimizer.to_dict(), "implementation": "fused"}
             yield _Change({"optimizer": fused}, f"fused {request.optimizer.name}", "none")
         small = {"name": "adamw_8bit"}
         yield _Change({"optimizer": small}, "optimizer adamw_8bit", "changes training")
@@ -209,7 +206,7 @@ def _changes(request: EstimateRequest) -> Iterator[_Change]:
         yield _Change({"method": {"name": "lora"}}, "LoRA, r=16, all-linear", "changes training")
     if request.quantization is None and request.precision in ("bf16", "fp16", "fp32"):
         method = request.method if isinstance(request.method, Lora) else Lora()
-        packed: dict[str, Any] = {"method": method.model_dump(mode="json")}
+        packed: dict[str, Any] = {"method": method.to_dict()}
         packed["quantization"] = {"name": "nf4"}
         if request.activation_checkpointing == "none":
             packed["activation_checkpointing"] = "full"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import msgspec
+from msgspec import Meta, Struct
 
 from estimator.errors import InvalidRequestError, MalformedDocumentError
 
@@ -18,55 +20,55 @@ MAX_REQUEST_BYTES: Final = 1024 * 1024
 MAX_MICRO_BATCH_SIZE: Final = 65_536
 MAX_SEQ_LEN: Final = 16_777_216
 
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-SizeBytes = Annotated[int, Field(ge=0, le=2**60)]
-# The sections are strict, and a JSON array reaches them as a list: only the container is lax.
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+SizeBytes = Annotated[int, Meta(ge=0, le=2**60)]
+Names = tuple[str, ...]
 
 
-class Section(BaseModel):
-    """A part of the request: frozen, strict, and closed to unknown fields."""
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the request: frozen, strictly typed, and closed to unknown fields."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        # One validator is built, for the whole request and when first needed.
-        defer_build=True,
-    )
+    def to_dict(self) -> dict[str, Any]:
+        """Return the section as JSON would hold it, defaults written out."""
+        document: dict[str, Any] = msgspec.to_builtins(self)
+        return document
 
 
-class InlineModel(Section):
+class InlineModel(Section, frozen=True):
     """A model given by its own configuration instead of a name."""
 
     config: dict[str, Any]
 
 
-class Full(Section):
+class Method(Section, frozen=True, tag_field="name"):
+    """What is trained."""
+
+    @property
+    def name(self) -> str:
+        """The method's name in the document."""
+        return str(self.__struct_config__.tag)
+
+
+class Full(Method, frozen=True, tag="full"):
     """Train every parameter."""
 
-    name: Literal["full"] = "full"
 
-
-class Lora(Section):
+class Lora(Method, frozen=True, tag="lora"):
     """Train low-rank adapters beside frozen linear layers (PEFT's LoraConfig)."""
 
-    name: Literal["lora"] = "lora"
-    r: Annotated[int, Field(ge=1, le=65_536)] = 16
-    lora_alpha: Annotated[float, Field(gt=0)] = 16.0
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    r: Annotated[int, Meta(ge=1, le=65_536)] = 16
+    lora_alpha: Annotated[float, Meta(gt=0, le=1e9)] = 16.0
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     target_modules: Literal["all-linear"] | Names = "all-linear"
     modules_to_save: Names = ()
     bias: Literal["none", "all", "lora_only"] = "none"
     adapter_dtype: Literal["float32", "base"] = "float32"
 
 
-Method = Annotated[Full | Lora, Field(discriminator="name")]
+METHODS: Final[tuple[type[Method], ...]] = (Full, Lora)
 
 
-class Quantization(Section):
+class Quantization(Section, frozen=True):
     """How the frozen base weights are stored (bitsandbytes' 4-bit linear layers)."""
 
     name: Literal["nf4", "fp4"] = "nf4"
@@ -75,16 +77,16 @@ class Quantization(Section):
     prepare_kbit: bool = True
 
 
-class Optimizer(Section):
+class Optimizer(Section, frozen=True):
     """The optimizer, spelled as torch and bitsandbytes spell it."""
 
     name: str = "adamw"
     implementation: Literal["foreach", "fused", "single"] | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     in_backward: bool = False
 
 
-class Loop(Section):
+class Loop(Section, frozen=True):
     """What the training loop keeps alive; the defaults are those of the Trainer."""
 
     keep_outputs: bool = False
@@ -92,14 +94,14 @@ class Loop(Section):
     set_to_none: bool = True
 
 
-class CpuOffload(Section):
+class CpuOffload(Section, frozen=True):
     """What is kept in host memory between its uses."""
 
     params: bool = False
     optimizer: bool = False
 
 
-class Parallelism(Section):
+class Parallelism(Section, frozen=True):
     """How the work is divided over GPUs; the degrees multiply to the number of GPUs."""
 
     strategy: Literal["none", "ddp", "fsdp", "zero"] = "none"
@@ -110,22 +112,22 @@ class Parallelism(Section):
     cp: Count = 1
     pp: Count = 1
     ep: Count = 1
-    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    zero_stage: Annotated[int, Meta(ge=0, le=3)] | None = None
     reshard_after_forward: bool = True
     cpu_offload: CpuOffload = CpuOffload()
 
 
-class Hardware(Section):
+class Hardware(Section, frozen=True):
     """The GPU that the answer is judged against."""
 
-    gpu: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    gpu: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     num_gpus: Count = 1
-    memory_bytes: Annotated[int, Field(ge=1, le=2**60)] | None = None
+    memory_bytes: Annotated[int, Meta(ge=1, le=2**60)] | None = None
     reserved_by_others_bytes: SizeBytes = 0
     host_memory_bytes: SizeBytes | None = None
 
 
-class Software(Section):
+class Software(Section, frozen=True):
     """The training stack; bytes depend on it.
 
     Version 5 holds from transformers 4.49 on, 4 for 4.46 to 4.48, 4.45 for that and older ones.
@@ -135,24 +137,24 @@ class Software(Section):
     version: Literal["5", "4", "4.45"] = "5"
 
 
-class EstimateRequest(Section):
+class EstimateRequest(Section, frozen=True):
     """One fine-tuning run on one kind of GPU."""
 
-    model: Annotated[str, Field(min_length=1, max_length=512)] | InlineModel
+    model: Annotated[str, Meta(min_length=1, max_length=512)] | InlineModel
     task: Literal[
         "sft", "pretrain", "dpo", "reward", "grpo", "ppo", "classification", "embedding"
     ] = "sft"
-    method: Method = Full()
+    method: Full | Lora = Full()
     quantization: Quantization | None = None
     precision: Literal["fp32", "bf16", "fp16", "master_bf16", "amp_bf16", "amp_fp16"] = "bf16"
     autocast: Literal["bf16", "fp16"] | None = None
     optimizer: Optimizer = Optimizer()
-    micro_batch_size: Annotated[int, Field(ge=1, le=MAX_MICRO_BATCH_SIZE)] = 1
-    seq_len: Annotated[int, Field(ge=1, le=MAX_SEQ_LEN)] = 2048
+    micro_batch_size: Annotated[int, Meta(ge=1, le=MAX_MICRO_BATCH_SIZE)] = 1
+    seq_len: Annotated[int, Meta(ge=1, le=MAX_SEQ_LEN)] = 2048
     gradient_accumulation_steps: Count = 1
     padding: bool = False
     packing: bool = False
-    activation_checkpointing: Annotated[str, Field(min_length=1, max_length=40)] = "none"
+    activation_checkpointing: Annotated[str, Meta(min_length=1, max_length=40)] = "none"
     attention: Literal[
         "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "sdpa"
@@ -164,13 +166,7 @@ class EstimateRequest(Section):
     parallelism: Parallelism = Parallelism()
     hardware: Hardware = Hardware()
     software: Software = Software()
-    confidence: Annotated[float, Field(ge=0.5, le=0.9999)] = 0.95
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand_short_forms(cls, value: Any) -> Any:
-        """Accept the one-word spellings that HF users know, and write them out."""
-        return expand_short_forms(value) if isinstance(value, dict) else value
+    confidence: Annotated[float, Meta(ge=0.5, le=0.9999)] = 0.95
 
 
 # HF's `TrainingArguments.optim` names, and what each is in our words.
@@ -248,49 +244,73 @@ def parse_request(document: str | bytes | dict[str, Any]) -> EstimateRequest:
         >>> parse_request({"model": "gpt2"}).seq_len
         2048
     """
-    if isinstance(document, dict):
-        try:
-            document = json.dumps(document)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise MalformedDocumentError(f"the request is not JSON: {error}") from None
-    if len(document) > MAX_REQUEST_BYTES:
+    try:
+        size = len(json.dumps(document)) if isinstance(document, dict) else len(document)
+        value = document if isinstance(document, dict) else msgspec.json.decode(document)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = _PLACE.sub("", str(error))
+        raise MalformedDocumentError(f"the request is not JSON: {reason}") from None
+    if size > MAX_REQUEST_BYTES:
         raise MalformedDocumentError(
             f"the request is larger than {MAX_REQUEST_BYTES} bytes; send one run at a time"
         )
+    return convert_request(value)
+
+
+def convert_request(value: Any) -> EstimateRequest:
+    """Return the request that a decoded document holds, short forms written out.
+
+    Raises:
+        InvalidRequestError: a field is unknown, missing, of the wrong type or out of range.
+    """
+    expanded = expand_short_forms(value) if isinstance(value, dict) else value
     try:
-        return EstimateRequest.model_validate_json(document)
-    except ValidationError as error:
-        raise _refusal(error) from None
+        return msgspec.convert(expanded, EstimateRequest)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error), expanded) from None
 
 
-def _refusal(error: ValidationError) -> InvalidRequestError | MalformedDocumentError:
-    problems = error.errors(include_url=False, include_input=True)
-    if problems[0]["type"] == "json_invalid":
-        reason = problems[0]["ctx"]["error"] if "ctx" in problems[0] else problems[0]["msg"]
-        return MalformedDocumentError(f"the request is not JSON: {reason}")
-    found = tuple((_pointer(problem["loc"]), _detail(problem)) for problem in problems)
-    message = "; ".join(f"{pointer.strip('/') or 'request'}: {detail}" for pointer, detail in found)
-    return InvalidRequestError(message, found)
+_PLACE: Final = re.compile(r" - at `\$(?P<path>[^`]*)`$")
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
+_MISSING: Final = re.compile(r"Object missing required field `(?P<name>.*)`")
+_SHOWN_CHARACTERS: Final = 60
 
 
-def _pointer(loc: tuple[int | str, ...]) -> str:
-    """Return the JSON pointer of a place, without pydantic's names for union members."""
-    internal = {
-        "str", "constrained-str", "InlineModel", "full", "lora", "tuple[str, ...]",
-        "literal['all-linear']",
-    }  # fmt: skip
-    parts = [
-        str(part).replace("~", "~0").replace("/", "~1") for part in loc if part not in internal
-    ]
-    return "".join(f"/{part}" for part in parts)
+def _refusal(message: str, document: Any) -> InvalidRequestError:
+    """Turn msgspec's sentence into the JSON pointer of the field and what is wrong with it."""
+    found = _PLACE.search(message)
+    path = found["path"] if found else ""
+    detail = message[: found.start()] if found else message
+    steps = [each for each in re.split(r"[.\[\]]+", path) if each]
+    unknown, missing = _UNKNOWN.fullmatch(detail), _MISSING.fullmatch(detail)
+    if unknown:
+        steps.append(unknown["name"])
+        detail = _unknown_field(unknown["name"])
+    elif missing:
+        steps.append(missing["name"])
+        detail = "this field is required"
+    else:
+        detail = f"{detail[0].lower()}{detail[1:].replace('`', '')}{_given(document, steps)}"
+    pointer = "".join(f"/{each.replace('~', '~0').replace('/', '~1')}" for each in steps)
+    text = f"{pointer.strip('/') or 'request'}: {detail}"
+    return InvalidRequestError(text, ((pointer, detail),))
 
 
-def _detail(problem: Any) -> str:
-    if problem["type"] != "extra_forbidden":
-        shown = repr(problem["input"])
-        given = "" if len(shown) > 60 or problem["type"] == "missing" else f" (given {shown})"
-        return f"{problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
-    name = str(problem["loc"][-1])
+def _given(document: Any, steps: list[str]) -> str:
+    """Return the refused value in words, unless it is missing or long."""
+    value = document
+    for step in steps:
+        if isinstance(value, dict) and step in value:
+            value = value[step]
+        elif isinstance(value, (list, tuple)) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return ""
+    shown = repr(value)
+    return f" (given {shown})" if len(shown) <= _SHOWN_CHARACTERS else ""
+
+
+def _unknown_field(name: str) -> str:
     close = difflib.get_close_matches(name, sorted(known_fields()), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "; see `estimate --help` for the fields"
     return f"unknown field {name!r}{hint}"
@@ -298,8 +318,8 @@ def _detail(problem: Any) -> str:
 
 def known_fields() -> set[str]:
     """Return the name of every field of the request, at any depth."""
-    sections: list[type[BaseModel]] = [
+    sections: list[type[Section]] = [
         EstimateRequest, Lora, Quantization, Optimizer, Loop, Parallelism, Hardware, Software,
         CpuOffload,
     ]  # fmt: skip
-    return {name for section in sections for name in section.model_fields}
+    return {name for section in sections for name in section.__struct_fields__} | {"name"}

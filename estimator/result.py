@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from estimator.components import COMPONENTS as COMPONENTS
 from estimator.components import Basis as Basis
@@ -13,8 +14,7 @@ Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
 Engine = Literal["analytic", "dry-run", "measurement"]
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(Struct, frozen=True):
     """A prediction: low <= expected <= high [bytes]."""
 
     low: int
@@ -22,8 +22,7 @@ class Range:
     high: int
 
 
-@dataclass(frozen=True, slots=True)
-class ResultRow:
+class ResultRow(Struct, frozen=True):
     """One kind of tensor that is alive at the peak.
 
     Args:
@@ -46,8 +45,7 @@ class ResultRow:
     basis: Basis
 
 
-@dataclass(frozen=True, slots=True)
-class ComponentRows:
+class ComponentRows(Struct, frozen=True):
     """One component of the peak and its rows, largest first; `bytes` is their sum."""
 
     component: Component
@@ -55,8 +53,7 @@ class ComponentRows:
     rows: tuple[ResultRow, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MomentBytes:
+class MomentBytes(Struct, frozen=True):
     """Allocated bytes of each component at one moment of the step, block rounding included."""
 
     moment: str
@@ -64,16 +61,14 @@ class MomentBytes:
     components: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class RunnerUp:
+class RunnerUp(Struct, frozen=True):
     """The second highest moment and how far it lies below the peak [bytes]."""
 
     moment: str
     gap_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(Struct, frozen=True):
     """The highest moment of the step, in quantities that are never mixed.
 
     Args:
@@ -94,8 +89,7 @@ class Peak:
     host_bytes: Range
 
 
-@dataclass(frozen=True, slots=True)
-class Capacity:
+class Capacity(Struct, frozen=True):
     """What the driver really offers to this process [bytes]; None without a GPU in the request."""
 
     gpu: str | None
@@ -103,8 +97,7 @@ class Capacity:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+class Parameters(Struct, frozen=True):
     """Parameter counts; tied tensors are counted once."""
 
     total: int
@@ -112,8 +105,7 @@ class Parameters:
     active: int
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """The inverse answers: the largest run that still fits, and the smallest card that would do.
 
     A size is None without a GPU to judge by; 0 says that not even 1 fits.
@@ -125,8 +117,7 @@ class Limits:
     min_gpus: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Suggestion:
+class Suggestion(Struct, frozen=True):
     """A change of the request that saves memory, with its price and what the verdict becomes."""
 
     change: dict[str, Any]
@@ -136,8 +127,7 @@ class Suggestion:
     verdict_after: Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(Struct, frozen=True):
     """The whole answer to one request.
 
     Args:
@@ -162,4 +152,4 @@ class Result:
     assumptions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     not_modelled: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = {}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from estimator.dtypes import DType
 from estimator.model.forward import Settings
 from estimator.model.spec import ModelSpec
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerChoice:
+class OptimizerChoice(Struct, frozen=True):
     """The optimizer of a run: its row in the table, and how it is implemented."""
 
     name: str
@@ -19,8 +18,7 @@ class OptimizerChoice:
     master_weights: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(Struct, frozen=True):
     """Everything that the bytes of a step depend on, except the micro-batch and the length.
 
     Args:

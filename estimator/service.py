@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from estimator.catalog import Access, Gpu, ModelConfig, find_gpu, find_model
 from estimator.errors import UnknownGpuError

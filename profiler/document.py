@@ -80,7 +80,7 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
         parameters=run.parameters,
         limits=Limits(None, None, None, None),
         suggestions=(),
-        request=request.model_dump(mode="json"),
+        request=request.to_dict(),
         outside=outside(allocated, reserved, device.constants, run.managed_bytes),
         assumptions=(
             *_ASSUMPTIONS,

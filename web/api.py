@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Final
 
+import msgspec
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
+from msgspec import Struct
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -31,7 +32,7 @@ REQUEST_SCHEMA: Final = "#/components/schemas/EstimateRequest"
 _MAX_DISCARDED_BYTES: Final = 64 * 1024 * 1024
 
 
-class Version(BaseModel):
+class Version(Struct, frozen=True):
     """What is running."""
 
     name: str
@@ -39,25 +40,32 @@ class Version(BaseModel):
     result_schema: str
 
 
-class Health(BaseModel):
+class Health(Struct, frozen=True):
     """The process answers."""
 
     status: str
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return OpenAPI's entries for the problems that a route may answer with."""
+ANSWERS: Final[tuple[type[Struct], ...]] = (Result, ModelList, GpuList, Version, Health)
+"""The documents that the routes answer with."""
+
+
+def documented(answer: type[Struct], *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return OpenAPI's entries for a route's answer and for the problems it may answer with."""
+    answered = {"schema": {"$ref": f"#/components/schemas/{answer.__name__}"}}
+    success = {"description": "Successful Response", "content": {"application/json": answered}}
     schema = {"schema": {"$ref": "#/components/schemas/Problem"}}
     titles: dict[int, list[str]] = {}
     for title, status in problems.known().values():
         titles.setdefault(status, []).append(title)
-    return {
+    refusals: dict[int | str, dict[str, Any]] = {
         status: {
             "description": "; ".join(dict.fromkeys(titles[status])),
             "content": {problems.MEDIA_TYPE: schema},
         }
         for status in statuses
     }
+    return {200: success, **refusals}
 
 
 def router(settings: Settings, metrics: Metrics) -> APIRouter:
@@ -67,8 +75,7 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
     @routes.post(
         "/v1/estimate",
         summary="Estimate one run",
-        response_model=Result,
-        responses=documented(400, 404, 413, 415, 422, 500, 501),
+        responses=documented(Result, 400, 404, 413, 415, 422, 500, 501),
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -92,8 +99,7 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
     @routes.get(
         "/v1/models",
         summary="Search the models of the catalogue",
-        response_model=ModelList,
-        responses=documented(422),
+        responses=documented(ModelList, 422),
     )
     async def get_models(
         request: Request,
@@ -103,32 +109,31 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
         """List models by name; all words of `q` must occur."""
         return _cacheable(request, model_list(q, limit))
 
-    @routes.get("/v1/gpus", summary="List the GPUs of the catalogue", response_model=GpuList)
+    @routes.get("/v1/gpus", summary="List the GPUs of the catalogue", responses=documented(GpuList))
     async def get_gpus(request: Request) -> Response:
         """List every GPU with the memory that its driver offers."""
         return _cacheable(request, gpu_list())
 
-    @routes.get("/v1/version", summary="Name the running version", response_model=Version)
+    @routes.get("/v1/version", summary="Name the running version", responses=documented(Version))
     async def get_version(request: Request) -> Response:
         """Name the version that answers."""
         version = Version(name="vramplan", version=__version__, result_schema="estimate/v1")
         return _cacheable(request, version)
 
-    @routes.get("/healthz", summary="Is the process alive", response_model=Health)
-    async def get_health() -> Health:
+    @routes.get("/healthz", summary="Is the process alive", responses=documented(Health))
+    async def get_health() -> Response:
         """Answer as long as the process does."""
-        return Health(status="ok")
+        return _json(Health(status="ok"))
 
     @routes.get(
         "/readyz",
         summary="Can the process answer estimates",
-        response_model=Health,
-        responses=documented(503),
+        responses=documented(Health, 503),
     )
-    async def get_readiness() -> Health:
+    async def get_readiness() -> Response:
         """Answer once the catalogue is loaded."""
         _load_catalogue()
-        return Health(status="ready")
+        return _json(Health(status="ready"))
 
     @routes.get("/metrics", summary="Counters for Prometheus", include_in_schema=False)
     async def get_metrics() -> Response:
@@ -174,9 +179,13 @@ def _etag(content: bytes) -> str:
     return f'"{hashlib.sha256(content).hexdigest()}"'
 
 
-def _cacheable(request: Request, document: BaseModel) -> Response:
+def _json(document: Struct) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json")
+
+
+def _cacheable(request: Request, document: Struct) -> Response:
     """Return a document of the catalogue, or 304 when the client has these very bytes."""
-    content = document.model_dump_json(indent=2).encode() + b"\n"
+    content = msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
     tag = _etag(content)
     headers = {"ETag": tag, "Cache-Control": "public, max-age=300"}
     known = request.headers.get("if-none-match", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
+import msgspec
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, Response
@@ -17,9 +18,10 @@ from estimator.request import (
     EstimateRequest,
 )
 from web import problems
+from web.api import ANSWERS
 from web.templates import render
 
-_REF: Final = "#/components/schemas/{model}"
+_REF: Final = "#/components/schemas/{name}"
 _PROBLEM: Final[dict[str, Any]] = {
     "type": "object",
     "description": "RFC 9457 problem details.",
@@ -81,6 +83,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             routes=app.routes,
         )
         components = document.setdefault("components", {}).setdefault("schemas", {})
+        components.update(msgspec.json.schema_components(ANSWERS, ref_template=_REF)[1])
         request = request_schema()
         components.update(request.pop("$defs"))
         components["EstimateRequest"] = request
@@ -91,7 +94,9 @@ def openapi(app: FastAPI) -> dict[str, Any]:
 
 def request_schema() -> dict[str, Any]:
     """Return the request's JSON schema, with the one-word spellings that the parser accepts."""
-    schema = EstimateRequest.model_json_schema(ref_template=_REF)
+    (_, definitions) = msgspec.json.schema_components([EstimateRequest], ref_template=_REF)
+    schema: dict[str, Any] = definitions.pop("EstimateRequest")
+    schema["$defs"] = definitions
     properties = schema["properties"]
     for field in SHORT_FORMS:
         section = properties[field]

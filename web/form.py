@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 from urllib.parse import urlencode
 
 import click
@@ -19,7 +19,7 @@ import click
 from estimator.config_file import parse_config
 from estimator.errors import InvalidRequestError
 from estimator.flags import FLAG_GROUPS, FLAGS, OrNone, overlay, request_fields, request_options
-from estimator.request import METHOD_ALIASES, Method, expand_short_forms
+from estimator.request import METHOD_ALIASES, METHODS, expand_short_forms
 from estimator.resolve import CHECKPOINTING
 from estimator.techniques.optimizers import OPTIMIZERS
 
@@ -124,8 +124,7 @@ def _control(pointer: str, option_name: str, text: str, option: click.Option) ->
 @cache
 def _method_fields() -> dict[str, frozenset[str]]:
     """Return the fields of each method, under its name and under its aliases."""
-    kinds = get_args(get_args(Method)[0])
-    fields = {kind().name: frozenset(kind.model_fields) for kind in kinds}
+    fields = {kind().name: frozenset(kind.__struct_fields__) for kind in METHODS}
     return fields | {alias: fields[name] for alias, (name, _) in METHOD_ALIASES.items()}
 
 

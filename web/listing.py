@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
-from pydantic import BaseModel, ConfigDict
+from msgspec import Struct
 
 from estimator.catalog import CatalogModel, Gpu, gpus, models
 
 
-class ModelEntry(BaseModel):
+class ModelEntry(Struct, frozen=True):
     """A model that the catalogue knows."""
-
-    model_config = ConfigDict(frozen=True)
 
     id: str
     aliases: tuple[str, ...]
@@ -22,14 +20,14 @@ class ModelEntry(BaseModel):
     sources: tuple[str, ...]
 
 
-class ModelList(BaseModel):
+class ModelList(Struct, frozen=True):
     """The models that match a search; `total` counts them before `limit` is applied."""
 
     total: int
     models: tuple[ModelEntry, ...]
 
 
-class GpuEntry(BaseModel):
+class GpuEntry(Struct, frozen=True):
     """A GPU that the catalogue knows, and the memory that its driver really offers."""
 
     key: str
@@ -43,7 +41,7 @@ class GpuEntry(BaseModel):
     usable_source: str
 
 
-class GpuList(BaseModel):
+class GpuList(Struct, frozen=True):
     """Every GPU of the catalogue."""
 
     total: int

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, Literal
+
+from msgspec import Struct
 
 from estimator.catalog.folder import load
 from estimator.errors import UnknownGpuError
@@ -26,8 +27,7 @@ _SOCKET: Final = re.compile(r"\bsxm\d\b")
 _WORD: Final = re.compile(r"[a-z0-9+]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(Struct, frozen=True, eq=False):
     """One kind of GPU.
 
     Args:
@@ -60,7 +60,7 @@ class Gpu:
     usable_source: str
     bandwidth_bytes_per_second: int | None
     multiprocessors: int | None
-    tflops_dense: Mapping[str, float] = field(hash=False)
+    tflops_dense: Mapping[str, float]
     bf16_supported: bool
     flash_attention_2_supported: bool
     unsourced: tuple[str, ...]

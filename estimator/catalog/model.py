@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from msgspec import Struct
 
 from estimator.catalog.folder import load
 from estimator.config_file import read_config
@@ -29,8 +30,7 @@ class Access(Enum):
     HUB = 3
 
 
-@dataclass(frozen=True, slots=True)
-class ModelParameters:
+class ModelParameters(Struct, frozen=True):
     """How many parameters the model has, tied tensors counted once, and who says so.
 
     Args:
@@ -48,16 +48,14 @@ class ModelParameters:
     source: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class License:
+class License(Struct, frozen=True):
     """The model's licence; kept only where a file was opened that names it."""
 
     name: str
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class CatalogModel:
+class CatalogModel(Struct, frozen=True, eq=False):
     """One model of the catalogue.
 
     Args:
@@ -72,15 +70,14 @@ class CatalogModel:
     id: str
     aliases: tuple[str, ...]
     family: str
-    config: Mapping[str, Any] = field(hash=False)
+    config: Mapping[str, Any]
     parameters: ModelParameters
     license: License | None
     sources: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelConfig(Struct, frozen=True, eq=False):
     """What a model name was found to mean.
 
     Args:
@@ -90,7 +87,7 @@ class ModelConfig:
     """
 
     id: str
-    config: Mapping[str, Any] = field(hash=False)
+    config: Mapping[str, Any]
     origin: str
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from estimator.dtypes import DType
 from estimator.eager import ops
@@ -18,8 +19,7 @@ _FLASH: Final = Cite("flash-attention", "mha_bwd")
 MASK: Final[Shape] = (BATCH, ONE, SEQ, SEQ)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Heads:
+class Heads(Struct, frozen=True, eq=False):
     """Head counts and widths of one attention layer."""
 
     query: Dim

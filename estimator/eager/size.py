@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Final
+
+from msgspec import Struct
 
 # Exponents of (micro_batch_size, seq_len) in the order in which polynomials list coefficients.
 MONOMIALS: Final[tuple[tuple[int, int], ...]] = (
@@ -14,8 +15,7 @@ Polynomial = tuple[int, int, int, int, int, int]
 ZERO: Final[Polynomial] = (0, 0, 0, 0, 0, 0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Dim:
+class Dim(Struct, frozen=True, eq=False):
     """One dimension of a shape: a number with the letter that formulas use, or b or s itself."""
 
     letter: str

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
+
+from msgspec import Struct
 
 from estimator.components import Component
 from estimator.dtypes import DType
@@ -95,8 +96,7 @@ class Tensor:
         return self.edge is not None
 
 
-@dataclass(slots=True, eq=False)
-class Param:
+class Param(Struct, eq=False):
     """A parameter: persistent, so it has no storage here; the ledger lists it as weights.
 
     Args:

@@ -35,9 +35,10 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Final, Literal, NamedTuple
+
+from msgspec import Struct
 
 from estimator.errors import InvalidRequestError
 from estimator.units import GiB, MiB, gib, round_up
@@ -67,8 +68,7 @@ SegmentEventKind = Literal["segment_alloc", "segment_free", "segment_map", "segm
 BlockState = Literal["active_allocated", "active_awaiting_free", "inactive"]
 
 
-@dataclass(frozen=True, slots=True)
-class AllocatorSettings:
+class AllocatorSettings(Struct, frozen=True):
     """The part of `PYTORCH_ALLOC_CONF` that decides about bytes, with upstream's defaults.
 
     Args:
@@ -178,8 +178,7 @@ def segment_size(block_bytes: int, settings: AllocatorSettings = DEFAULT_SETTING
     return round_up(block_bytes, LARGE_ROUNDING_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class AllocationEvent:
+class AllocationEvent(Struct, frozen=True):
     """One line of a trace.
 
     Args:
@@ -212,8 +211,7 @@ class SegmentEvent(NamedTuple):
     stream: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(Struct, frozen=True):
     """The counters of `torch.cuda.memory_stats()` that speak of bytes, now and at their peaks.
 
     `num_segments` counts cudaMalloc'd segments, as upstream does: an expandable one is not counted.
@@ -231,8 +229,7 @@ class Stats:
     num_alloc_retries: int
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(Struct, frozen=True):
     """A piece of a segment: in use by `key`, waiting for another stream, or free."""
 
     address: int
@@ -242,8 +239,7 @@ class Block:
     key: Hashable | None
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """One contiguous range of device memory and the blocks that tile it."""
 
     address: int
@@ -874,8 +870,7 @@ def _describe(run: Sequence[_Block]) -> Segment:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
+class Replay(Struct, frozen=True):
     """What a whole trace left behind: the counters and every exchange with the driver."""
 
     stats: Stats

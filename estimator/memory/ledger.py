@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from estimator.components import Basis, Component
 from estimator.dtypes import DType
@@ -39,16 +40,14 @@ class Row(NamedTuple):
         return "assumed" if isinstance(self.source, Assumption) else "formula"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """A row and how many of its tensors are alive."""
 
     row: Row
     count: int
 
 
-@dataclass(frozen=True)
-class Ledger:
+class Ledger(Struct, frozen=True, dict=True):
     """Entries that are alive together."""
 
     entries: tuple[Entry, ...]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from estimator.eager import ops
 from estimator.eager.size import BATCH, SEQ, Dim
 from estimator.eager.tensor import Tensor, view
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(Struct, frozen=True):
     """What one version keeps alive; the arithmetic is the same in all.
 
     Args:

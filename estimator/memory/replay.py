@@ -8,7 +8,8 @@ step after it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from estimator.eager.size import Polynomial
 from estimator.eager.tensor import Regime
@@ -18,8 +19,7 @@ from estimator.memory.trace import Recording, record
 from estimator.run import Run
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
+class Blocks(Struct, frozen=True):
     """What the allocator adds to the tensors of a run [bytes].
 
     Args:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from operator import ge
+
+from msgspec import Struct
 
 from estimator.eager.size import ZERO, Polynomial
 from estimator.eager.tensor import Instant, Live
@@ -17,8 +18,7 @@ from estimator.memory.trace import Trace
 from estimator.run import Run
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(Struct, frozen=True, dict=True):
     """A moment that can be the peak: its name, and its bytes as a polynomial in b and s.
 
     What is alive is put together only when somebody asks.
@@ -57,8 +57,7 @@ class Moment:
         return self.standing.plus(*self.passing.entries)
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Struct, frozen=True, dict=True):
     """All moments of a training step that can be its peak, in the order of time."""
 
     moments: tuple[Moment, ...]
@@ -87,8 +86,7 @@ class Step:
         return tuple(moment for _, moment in found.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(Struct, frozen=True):
     """Where in the assembled step a moment lies, enough to say what is alive there."""
 
     assembly: _Assembly

@@ -8,8 +8,9 @@ back together for the real number of layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
 
 from estimator.dtypes import DType
 from estimator.eager import ops
@@ -37,8 +38,7 @@ from estimator.sources import Cite
 INPUTS = Cite("hf-trainer", "Trainer._prepare_inputs: input_ids, attention_mask, labels")
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(Struct, frozen=True):
     """What one step of the chain showed.
 
     Args:
@@ -85,8 +85,7 @@ def trace(run: Run, regime: Regime) -> Trace:
     )
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(Struct, frozen=True, dict=True):
     """Every birth and death of one step through all layers; gradients and batch outlive it.
 
     Args:

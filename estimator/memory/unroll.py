@@ -15,9 +15,10 @@ one copy before the first, layer 2p+1 as its first layer one copy behind the las
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Final, NamedTuple
+
+from msgspec import Struct
 
 from estimator.eager.tensor import Event, Section
 
@@ -28,8 +29,7 @@ class NotPeriodicError(Exception):
     """The layers that were run do not repeat as the pattern of their kinds does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shortening:
+class Shortening(Struct, frozen=True):
     """A stack of layers with whole periods left out.
 
     Args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final, TypeVar
+
+from msgspec import Struct
 
 from estimator.dtypes import DType
 from estimator.eager import attention, ops
@@ -20,8 +21,7 @@ M = TypeVar("M", bound=Module)
 MASKING: Final = Cite("hf-masking", "sdpa_mask, eager_mask")
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """What the request says about how the forward pass runs.
 
     Args:

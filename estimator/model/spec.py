@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from estimator.dtypes import DType
 from estimator.eager import attention
@@ -15,8 +17,7 @@ from estimator.eager.tensor import Param, Tensor
 from estimator.sources import Cite
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Weight:
+class Weight(Struct, frozen=True, eq=False):
     """One parameter tensor of a module, or one stored tensor that stands for it.
 
     Args:
@@ -32,7 +33,7 @@ class Weight:
     dtype: DType
     trainable: bool
     stands_for: int | None = None
-    source: Cite = Cite("hf-modeling", "parameters of the model class")  # noqa: RUF009 - frozen
+    source: Cite = Cite("hf-modeling", "parameters of the model class")
 
     @property
     def parameters(self) -> int:
@@ -77,8 +78,7 @@ class WeightFormat(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Module:
+class Module(Struct, frozen=True, eq=False, kw_only=True):
     """A named part of the model; `dtype` is how it is stored."""
 
     name: str
@@ -90,8 +90,7 @@ class Module:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Linear(Module):
+class Linear(Module, frozen=True, eq=False, kw_only=True):
     """A linear layer from `fan_in` to `fan_out`.
 
     Args:
@@ -126,8 +125,7 @@ class Linear(Module):
         return (*stored, *((bias,) if bias else ()), *added)
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Norm(Module):
+class Norm(Module, frozen=True, eq=False, kw_only=True):
     """A normalisation with a weight and, for LayerNorm, a bias; or with neither (not `affine`)."""
 
     width: Dim
@@ -141,8 +139,7 @@ class Norm(Module):
         return tuple(Weight(name, (self.width,), self.dtype, self.trainable) for name in names)
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Embedding(Module):
+class Embedding(Module, frozen=True, eq=False, kw_only=True):
     """A table of `rows` vectors."""
 
     rows: Dim
@@ -152,8 +149,7 @@ class Embedding(Module):
         return (Weight("weight", (self.rows, self.width), self.dtype, self.trainable),)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerKind:
+class LayerKind(Struct, frozen=True, eq=False):
     """One kind of decoder layer: its modules by name, and the shape of its attention.
 
     Args:
@@ -168,11 +164,10 @@ class LayerKind:
     heads: Heads
     sliding_window: int | None = None
     eager: Callable[..., tuple[Tensor, Tensor]] = attention.eager
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Buffer:
+class Buffer(Struct, frozen=True, eq=False):
     """A tensor that is no parameter but lives on the GPU as long as the model."""
 
     name: str
@@ -200,8 +195,7 @@ class Family(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ModelSpec:
+class ModelSpec(Struct, frozen=True, eq=False):
     """A causal language model.
 
     Args:

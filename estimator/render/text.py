@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
+
+from msgspec import Struct
 
 from estimator.result import ComponentRows, Range, Result, Suggestion, Verdict
 from estimator.units import gib
@@ -38,8 +39,7 @@ _PRICES: Final[dict[str, str]] = {
 _ASCII: Final = str.maketrans({"×": "x", "·": "-", "█": "#", "─": "-", "–": "-", "…": "..."})
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(Struct, frozen=True):
     """What the text is written for: its columns, and whether it shows colour and block signs."""
 
     width: int = 80

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import ClassVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from estimator.errors import UnsupportedCombinationError
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.stage import Stage
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
+class Attention(Struct, frozen=True):
     """Which implementation runs, and whether the batch is padded."""
 
     stage: ClassVar[Stage] = Stage.KERNEL
@@ -46,8 +47,7 @@ class Attention:
         return replace(run, spec=spec, settings=settings)
 
 
-@dataclass(frozen=True, slots=True)
-class Training:
+class Training(Struct, frozen=True):
     """The optimizer, gradient accumulation, and what the loop keeps."""
 
     stage: ClassVar[Stage] = Stage.TRAIN
@@ -68,8 +68,7 @@ class Training:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class FullCheckpointing:
+class FullCheckpointing(Struct, frozen=True):
     """Recompute every decoder layer in backward; nothing but its input is kept.
 
     The Trainer makes the embeddings' output want a gradient where the model is frozen.

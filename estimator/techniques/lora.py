@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import ClassVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from estimator.dtypes import DType
 from estimator.eager import ops
@@ -18,8 +20,7 @@ from estimator.sources import Cite
 from estimator.techniques.stage import Stage
 
 
-@dataclass(frozen=True, slots=True)
-class LoraAdapter:
+class LoraAdapter(Struct, frozen=True):
     """The adapter of one linear layer.
 
     Args:
@@ -82,8 +83,7 @@ class LoraAdapter:
         return update if out_dtype is None else ops.cast(update, out_dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Lora:
+class Lora(Struct, frozen=True):
     """Freeze the model and put adapters beside the targeted layers."""
 
     stage: ClassVar[Stage] = Stage.ADAPT

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from estimator.dtypes import DType
 from estimator.model.spec import Embedding, Module, Weight
@@ -15,8 +16,7 @@ SMALLEST_8BIT: Final = 4096
 SMALLEST_PAGED: Final = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
+class Trained(Struct, frozen=True):
     """One trainable tensor as the optimizer sees it.
 
     Args:
@@ -58,8 +58,7 @@ def trained(module: Module, weight: Weight, count: int, *, master: bool) -> Trai
     )
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(Struct, frozen=True):
     """Bytes of one kind of state for one trained tensor.
 
     Args:
@@ -76,8 +75,7 @@ Temporaries = Callable[[tuple[Trained, ...]], tuple[int, ...]]
 """Sizes [bytes] of the tensors that are alive together at the worst moment of a step."""
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerRow:
+class OptimizerRow(Struct, frozen=True):
     """One optimizer.
 
     Args:

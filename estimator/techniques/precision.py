@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import ClassVar, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from estimator.dtypes import DType
 from estimator.model.spec import Linear, Module
@@ -11,8 +13,7 @@ from estimator.run import Run
 from estimator.techniques.stage import Stage
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(Struct, frozen=True):
     """One word of the request's `precision`."""
 
     storage: DType
@@ -31,8 +32,7 @@ PRECISIONS: Final[dict[str, Storage]] = {
 AUTOCAST: Final[dict[str, DType]] = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT16}
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
+class Precision(Struct, frozen=True):
     """Store every weight in one type; keep fp32 master copies where the word says so."""
 
     stage: ClassVar[Stage] = Stage.STORE

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from estimator.dtypes import DType
 from estimator.eager import ops
@@ -21,8 +23,7 @@ _MATMUL = Cite("bitsandbytes", "autograd/_functions.py, MatMul4Bit")
 _STATE = Cite("bitsandbytes", "functional.py, quantize_4bit")
 
 
-@dataclass(frozen=True, slots=True)
-class FourBit:
+class FourBit(Struct, frozen=True):
     """A weight in blocks of 64 values of 4 bits, each block with a scale.
 
     Args:
@@ -112,8 +113,7 @@ def _part(name: str, count: int, dtype: DType) -> Weight:
     return Weight(name, _flat(count), dtype, False, 0, _STATE)
 
 
-@dataclass(frozen=True, slots=True)
-class Quantize:
+class Quantize(Struct, frozen=True):
     """Store every linear layer but the head in 4 bits; optionally raise the rest to fp32."""
 
     stage: ClassVar[Stage] = Stage.STORE

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import ClassVar, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from estimator.run import Run
 from estimator.techniques.stage import Stage
 
 
-@dataclass(frozen=True, slots=True)
-class SoftwareProfile:
+class SoftwareProfile(Struct, frozen=True):
     """What is known to differ from the newest stack.
 
     Args:
@@ -39,8 +40,7 @@ PROFILES: Final[dict[str, SoftwareProfile]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Software:
+class Software(Struct, frozen=True):
     """The versions that train."""
 
     stage: ClassVar[Stage] = Stage.KERNEL

@@ -157,7 +157,7 @@ REQUESTS = (
     _request("Latin-1", '{"model": "mod\u00e8le"}'.encode("latin-1"), "UTF-8"),
     _request("large file", b" " * (50 * 2**20), "larger than"),
     _request("deep JSON", '{"model": ' + "[" * 100_000, "nested"),
-    _request("deep but closed JSON", '{"model": %s}' % ("[" * 500 + "]" * 500), "request"),
+    _request("deep but closed JSON", '{"model": %s}' % ("[" * 500 + "]" * 500), "model: expected"),
     _request("corrupt YAML", "model: [gpt2\n", "is not YAML", "r.yaml"),
     _request("tabs in YAML", "model: gpt2\n\tseq_len: 8\n", "is not YAML", "r.yaml"),
     _request("YAML alias bomb", _BOMB, "alias", "r.yaml"),

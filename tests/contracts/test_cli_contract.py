@@ -69,8 +69,6 @@ def _imported(*arguments: str) -> set[str]:
         encoding="utf-8",
         check=True,
         timeout=60,
-        # pydantic looks for plug-ins of its own, which is its business and not ours.
-        env={**os.environ, "PYDANTIC_DISABLE_PLUGINS": "__all__"},
     )
     return set(done.stderr.strip().strip("[]").replace("'", "").split(", "))
 

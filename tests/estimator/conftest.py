@@ -98,7 +98,7 @@ def result() -> Result:
             Suggestion({"seq_len": 1024}, "halve the length", 2**30, "slower", "tight"),
             Suggestion({"seq_len": 512}, "the fourth idea", 2**20, "slower", "tight"),
         ),
-        request=parse_request({"model": "meta-llama/Llama-3.1-8B"}).model_dump(mode="json"),
+        request=parse_request({"model": "meta-llama/Llama-3.1-8B"}).to_dict(),
         assumptions=("optimizer: adamw, the default",),
         notes=("attention sdpa picks flash attention here",),
         not_modelled=("evaluation",),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from estimator import commands, engines, nvml, plugins, service
 from estimator.catalog import Access

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import click
 import pytest
-from pydantic import BaseModel
+from msgspec import structs
 
 from estimator.flags import FLAGS, given_flags, overlay, parse_flagged, request_options
-from estimator.request import EstimateRequest, InlineModel, known_fields
+from estimator.request import EstimateRequest, InlineModel, Section, known_fields
 
 
-def _models_in(annotation: Any) -> set[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models_in(annotation: Any) -> set[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return {annotation} - {InlineModel}
     return set().union(*map(_models_in, get_args(annotation))) if get_args(annotation) else set()
 
 
-def _leaf_pointers(section: type[BaseModel], prefix: str = "") -> set[str]:
-    found = set()
-    for name, info in section.model_fields.items():
-        inner = _models_in(info.annotation)
+def _leaf_pointers(section: type[Section], prefix: str = "") -> set[str]:
+    found = {f"{prefix}/name"} if section.__struct_config__.tag else set()
+    for info in structs.fields(section):
+        name, inner = info.name, _models_in(info.type)
         below = (_leaf_pointers(kind, f"{prefix}/{name}") for kind in inner)
         found |= set().union(*below) if inner else {f"{prefix}/{name}"}
     return found
@@ -40,7 +40,7 @@ def test_every_field_of_the_request_has_exactly_one_flag():
 
 def test_the_choices_of_a_flag_are_those_of_its_field():
     options = {option.name: option for option in request_options()}
-    task = get_args(EstimateRequest.model_fields["task"].annotation)
+    task = get_args(get_type_hints(EstimateRequest)["task"])
     assert tuple(options["task"].type.choices) == task
     assert tuple(options["method"].type.choices) == ("full", "lora", "qlora")
 

@@ -58,8 +58,8 @@ BODIES = {
     "number as string": (request(seq_len="2048"), 422, "invalid-request", "/seq_len"),
     "fraction of a token": (request(seq_len=1.5), 422, "invalid-request", "/seq_len"),
     "boolean as number": (request(padding=1), 422, "invalid-request", "/padding"),
-    "NaN": (b'{"model": "gpt2", "seq_len": NaN}', 422, "invalid-request", "/seq_len"),
-    "infinity": (b'{"model": "gpt2", "confidence": 1e999}', 422, "invalid-request", "/confidence"),
+    "NaN": (b'{"model": "gpt2", "seq_len": NaN}', 400, "malformed-document", None),
+    "infinity": (b'{"model": "gpt2", "confidence": 1e999}', 400, "malformed-document", None),
     "list as checkpointing": (
         request(gradient_checkpointing=[]), 422, "invalid-request", "/activation_checkpointing",
     ),
@@ -84,7 +84,7 @@ BODIES = {
     "config with a negative size": (config(hidden_size=-64), 422, "invalid-config", None),
     "config with NaN": (
         b'{"model": {"config": {"model_type": "llama", "hidden_size": NaN}}}',
-        422, "invalid-config", None,
+        400, "malformed-document", None,
     ),
     "config that is empty": (b'{"model": {"config": {}}}', 422, "invalid-config", None),
     "config that is no object": (

@@ -1,8 +1,7 @@
 """The drawing: bars on the scale of the card."""
 
-import dataclasses
-
 import pytest
+from msgspec.structs import replace
 
 from estimator.catalog import Access
 from estimator.request import parse_request
@@ -43,8 +42,8 @@ def test_the_capacity_stands_on_the_scale_of_the_bars(result):
 
 
 def test_there_is_no_capacity_without_a_card(result):
-    nameless = dataclasses.replace(result.capacity, gpu=None, usable_bytes=None)
-    assert peak_chart(dataclasses.replace(result, capacity=nameless)).capacity is None
+    nameless = replace(result.capacity, gpu=None, usable_bytes=None)
+    assert peak_chart(replace(result, capacity=nameless)).capacity is None
 
 
 def test_ticks_are_few_and_round(result):

@@ -77,7 +77,7 @@ def test_every_control_has_a_label(client):
         ({"model": MODEL, "gpu": "rtx-9999"}, 422, "unknown GPU"),
         ({"model": MODEL, "gpu": "auto"}, 422, "is not yours"),
         ({"model": MODEL, "seq-len": "long"}, 422, "not a valid integer"),
-        ({"model": MODEL, "seq-len": "0"}, 422, "greater than or equal to 1"),
+        ({"model": MODEL, "seq-len": "0"}, 422, "expected int >= 1"),
         ({"config": "{"}, 400, "not valid JSON"),
         ({"model": MODEL, "colour": "red"}, 422, "unknown field"),
     ],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
+
+from msgspec import Struct
 
 from estimator.dtypes import DType
 from estimator.eager import attention, ops
@@ -18,8 +19,7 @@ from estimator.model.spec import Buffer, Embedding, LayerKind, Linear, ModelSpec
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-@dataclass(frozen=True, slots=True)
-class Gemma:
+class Gemma(Struct, frozen=True):
     """The forward pass of transformers' Gemma."""
 
     def embed(self, run: Forward, ids: Tensor) -> Tensor:

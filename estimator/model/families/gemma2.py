@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from estimator.eager import ops
 from estimator.eager.tensor import Tensor
 from estimator.errors import InvalidConfigError
@@ -24,8 +22,7 @@ LAYER_TYPES = ("sliding_attention", "full_attention")
 SLIDING_PERIOD = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Gemma2(Gemma):
+class Gemma2(Gemma, frozen=True):
     """The forward pass of transformers' Gemma 2.
 
     Args:

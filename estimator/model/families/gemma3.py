@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from estimator.dtypes import DType
 from estimator.eager.size import dim
 from estimator.model.config import Config
@@ -23,8 +21,7 @@ from estimator.model.spec import Buffer, ModelSpec, Norm
 SLIDING_PERIOD = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Gemma3(Gemma2):
+class Gemma3(Gemma2, frozen=True):
     """The forward pass of transformers' Gemma 3 without images."""
 
     def prepare_rotary(self, run: Forward) -> None:

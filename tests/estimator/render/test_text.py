@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from estimator.render.explain import to_explanation
 from estimator.render.text import Page, printable, to_line, to_text
