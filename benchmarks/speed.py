@@ -141,7 +141,7 @@ def _recipe(name: str, document: dict[str, Any]) -> Iterator[Timing]:
         _engine(request).read(b, s, device.constants)
 
     def replayed() -> None:
-        _engine(request).blocks(b, s, device.constants)
+        _engine(request).blocks(b, s, device)
 
     yield Timing(f"{name}: resolve, trace, compile, peak", _median(compiled, REPEATS))
     yield Timing(f"{name}: replay through the allocator", _median(replayed, REPEATS))
