@@ -24,7 +24,7 @@ from estimator.render.text import thin
 from estimator.request import parse_request
 from estimator.resolve import resolve
 from estimator.run import Run
-from estimator.techniques.lora import LoraAdapter
+from estimator.techniques.methods.lora import LoraAdapter
 from estimator.techniques.optimizers import FUSED_STEP, MOMENTUM, OPTIMIZERS, Trained
 from estimator.techniques.precision import PRECISIONS
 from estimator.techniques.quantization import FourBit

@@ -18,12 +18,13 @@ from msgspec import NODEFAULT, Struct, structs
 from estimator.errors import InvalidRequestError
 from estimator.request import (
     METHOD_ALIASES,
+    METHODS,
     EstimateRequest,
     InlineModel,
-    Section,
     expand_short_forms,
     parse_request,
 )
+from estimator.section import Section
 from estimator.units import parse_size
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Flag(Struct, frozen=True):
         return self.option.removeprefix("--").replace("-", "_")
 
 
-FLAG_GROUPS: Final[dict[str, tuple[Flag, ...]]] = {
+_DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
     "Model and task": (
         Flag("--model", "/model", "Name in the catalogue, Hub id, folder or config.json."),
         Flag("--task", "/task", "What the model is trained for."),
@@ -132,7 +133,7 @@ FLAG_GROUPS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--confidence", "/confidence", "Share of runs that the stated interval covers."),
     ),
 }
-FLAGS: Final[tuple[Flag, ...]] = tuple(flag for flags in FLAG_GROUPS.values() for flag in flags)
+
 
 # Spellings that the request accepts beside a field's own choices and writes out itself.
 _SHORT_CHOICES: Final[dict[str, tuple[str, ...]]] = {"/method/name": tuple(METHOD_ALIASES)}
@@ -146,6 +147,7 @@ class Field(Struct, frozen=True):
     types: tuple[Any, ...]
     nullable: bool
     default: Any
+    description: str = ""
 
 
 def request_fields() -> dict[str, Field]:
@@ -160,7 +162,7 @@ def request_fields() -> dict[str, Field]:
         fields[pointer] = (
             field
             if known is None
-            else Field(known.types + field.types, known.nullable, known.default)
+            else Field(known.types + field.types, known.nullable, known.default, known.description)
         )
     return fields
 
@@ -179,7 +181,7 @@ def _leaves(
         value = getattr(default, info.name, own)
         if not inner:
             types = tuple(kind for kind in members if kind is not type(None))
-            yield pointer, Field(types, type(None) in members, value)
+            yield pointer, Field(types, type(None) in members, value, _description(info.type))
             continue
         for kind in inner:
             for leaf, field in _leaves(kind, pointer, value if isinstance(value, kind) else None):
@@ -187,6 +189,14 @@ def _leaves(
                     yield leaf, Field(field.types, True, value)
                 else:
                     yield leaf, field
+
+
+def _description(annotation: Any) -> str:
+    """Return the line that a field's constraints say about it."""
+    if get_origin(annotation) is not Annotated:
+        return ""
+    said = (getattr(each, "description", None) for each in get_args(annotation)[1:])
+    return next((each for each in said if each), "")
 
 
 def _members(annotation: Any) -> Iterator[Any]:
@@ -202,6 +212,28 @@ def _members(annotation: Any) -> Iterator[Any]:
 
 def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section) and kind is not InlineModel
+
+
+def _with_derived(declared: dict[str, tuple[Flag, ...]]) -> dict[str, tuple[Flag, ...]]:
+    """Add a flag for each knob that the table above does not name: `/method/init_r` is
+    `--method-init-r`, with the line that the field itself says as its help."""
+    named = {flag.pointer for flags in declared.values() for flag in flags}
+    groups = {heading: list(flags) for heading, flags in declared.items()}
+    for pointer, field in request_fields().items():
+        section = pointer.split("/")[1]
+        if pointer not in named and section in _DERIVED:
+            option = "--" + pointer.strip("/").replace("/", "-").replace("_", "-")
+            groups[_DERIVED[section]].append(Flag(option, pointer, field.description))
+    return {heading: tuple(flags) for heading, flags in groups.items()}
+
+
+_DERIVED: Final = {
+    "method": "Method",
+    "quantization": "Method",
+    "optimizer": "Precision and optimizer",
+}
+FLAG_GROUPS: Final = _with_derived(_DECLARED)
+FLAGS: Final[tuple[Flag, ...]] = tuple(flag for flags in FLAG_GROUPS.values() for flag in flags)
 
 
 class OrNone(ParamType):
@@ -396,10 +428,22 @@ def _refuse_unless_chosen(pointer: str, section: Any) -> None:
     (flag,) = (flag for flag in FLAGS if flag.pointer == pointer)
     name = pointer.split("/")[1]
     chosen = section.get("name") if isinstance(section, dict) else None
-    if name == "method" and chosen != "lora":
-        raise click.UsageError(f"{flag.option} needs --method lora or --method qlora")
+    if name == "method":
+        takers = _methods_with(pointer.split("/")[2])
+        if chosen not in takers:
+            listed = " or ".join(f"--method {each}" for each in takers)
+            raise click.UsageError(f"{flag.option} needs {listed}")
     if name == "quantization" and section is None:
         raise click.UsageError(f"{flag.option} needs --quantization nf4, or --method qlora")
+
+
+def _methods_with(field: str) -> tuple[str, ...]:
+    """Return the methods that have a field, aliases included."""
+    having = tuple(
+        str(each.__struct_config__.tag) for each in METHODS if field in each.__struct_fields__
+    )
+    aliases = (alias for alias, (name, _) in METHOD_ALIASES.items() if name in having)
+    return (*having, *aliases)
 
 
 def _put(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

@@ -15,10 +15,10 @@ from estimator.request import (
     MAX_MICRO_BATCH_SIZE,
     MAX_SEQ_LEN,
     EstimateRequest,
-    Lora,
     convert_request,
 )
 from estimator.result import Limits, Suggestion, Verdict
+from estimator.techniques.methods.lora import Lora
 from estimator.verdict import judge
 
 SHOWN: Final = 3

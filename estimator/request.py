@@ -9,29 +9,22 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from estimator.errors import InvalidRequestError, MalformedDocumentError
+from estimator.section import Count, Names, Section, SizeBytes
+from estimator.techniques.method import Method as AnyMethod
+from estimator.techniques.methods.full import Full
+from estimator.techniques.methods.lora import Lora
+from estimator.techniques.quantization import Fp4, Nf4
+from estimator.techniques.quantization import Quantization as AnyQuantization
 
 MAX_REQUEST_BYTES: Final = 1024 * 1024
 MAX_MICRO_BATCH_SIZE: Final = 65_536
 MAX_SEQ_LEN: Final = 16_777_216
-
-Count = Annotated[int, Meta(ge=1, le=1_000_000)]
-SizeBytes = Annotated[int, Meta(ge=0, le=2**60)]
-Names = tuple[str, ...]
-
-
-class Section(Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of the request: frozen, strictly typed, and closed to unknown fields."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the section as JSON would hold it, defaults written out."""
-        document: dict[str, Any] = msgspec.to_builtins(self)
-        return document
 
 
 class InlineModel(Section, frozen=True):
@@ -40,41 +33,11 @@ class InlineModel(Section, frozen=True):
     config: dict[str, Any]
 
 
-class Method(Section, frozen=True, tag_field="name"):
-    """What is trained."""
+Method = Full | Lora
+METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
-    @property
-    def name(self) -> str:
-        """The method's name in the document."""
-        return str(self.__struct_config__.tag)
-
-
-class Full(Method, frozen=True, tag="full"):
-    """Train every parameter."""
-
-
-class Lora(Method, frozen=True, tag="lora"):
-    """Train low-rank adapters beside frozen linear layers (PEFT's LoraConfig)."""
-
-    r: Annotated[int, Meta(ge=1, le=65_536)] = 16
-    lora_alpha: Annotated[float, Meta(gt=0, le=1e9)] = 16.0
-    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    target_modules: Literal["all-linear"] | Names = "all-linear"
-    modules_to_save: Names = ()
-    bias: Literal["none", "all", "lora_only"] = "none"
-    adapter_dtype: Literal["float32", "base"] = "float32"
-
-
-METHODS: Final[tuple[type[Method], ...]] = (Full, Lora)
-
-
-class Quantization(Section, frozen=True):
-    """How the frozen base weights are stored (bitsandbytes' 4-bit linear layers)."""
-
-    name: Literal["nf4", "fp4"] = "nf4"
-    double_quant: bool = True
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    prepare_kbit: bool = True
+Quantization = Nf4 | Fp4
+QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
 
 
 class Optimizer(Section, frozen=True):
@@ -144,7 +107,7 @@ class EstimateRequest(Section, frozen=True):
     task: Literal[
         "sft", "pretrain", "dpo", "reward", "grpo", "ppo", "classification", "embedding"
     ] = "sft"
-    method: Full | Lora = Full()
+    method: Method = Full()
     quantization: Quantization | None = None
     precision: Literal["fp32", "bf16", "fp16", "master_bf16", "amp_bf16", "amp_fp16"] = "bf16"
     autocast: Literal["bf16", "fp16"] | None = None
@@ -319,7 +282,7 @@ def _unknown_field(name: str) -> str:
 def known_fields() -> set[str]:
     """Return the name of every field of the request, at any depth."""
     sections: list[type[Section]] = [
-        EstimateRequest, Lora, Quantization, Optimizer, Loop, Parallelism, Hardware, Software,
+        EstimateRequest, *METHODS, *QUANTIZATIONS, Optimizer, Loop, Parallelism, Hardware, Software,
         CpuOffload,
     ]  # fmt: skip
     return {name for section in sections for name in section.__struct_fields__} | {"name"}

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from estimator.dtypes import DType
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.families import read_spec
 from estimator.model.forward import Settings
 from estimator.model.spec import ModelSpec
-from estimator.request import EstimateRequest, Lora, Parallelism
+from estimator.request import EstimateRequest, Parallelism
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.execution import Attention, FullCheckpointing, Training
-from estimator.techniques.lora import Lora as LoraTechnique
+from estimator.techniques.methods.lora import Lora
 from estimator.techniques.optimizers import OPTIMIZERS
-from estimator.techniques.precision import PRECISIONS, Precision
-from estimator.techniques.quantization import Quantize
+from estimator.techniques.precision import Precision
 from estimator.techniques.software import Software
 from estimator.techniques.stage import Technique, apply_all
 
 CHECKPOINTING: Final = ("none", "full")
 """The kinds of activation checkpointing that have an answer."""
-
-_COMPUTE: Final = {each.label: each for each in DType}
 
 
 def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> Run:
@@ -70,7 +66,8 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
 
 def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[Technique, ...]:
     chosen: list[Technique] = [
-        _storage(request),
+        request.method,
+        Precision(request.precision, request.autocast),
         Attention(request.attention, request.padding),
         Software(request.software.version),
         Training(
@@ -80,30 +77,11 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
             use_cache=request.loop.use_cache,
         ),
     ]
-    method = request.method
-    if isinstance(method, Lora):
-        stored = DType.FLOAT32 if method.adapter_dtype == "float32" else None
-        chosen.append(LoraTechnique(method.r, method.lora_dropout, method.target_modules, stored))
     if request.quantization is not None:
-        chosen.append(_quantize(request))
+        chosen.append(request.quantization)
     if request.activation_checkpointing == "full":
         chosen.append(FullCheckpointing())
     return tuple(chosen)
-
-
-def _storage(request: EstimateRequest) -> Precision:
-    return Precision(request.precision, request.autocast)
-
-
-def _quantize(request: EstimateRequest) -> Quantize:
-    asked = request.quantization
-    assert asked is not None
-    return Quantize(
-        double_quant=asked.double_quant,
-        compute=_COMPUTE[asked.compute_dtype],
-        stored=PRECISIONS[request.precision].storage,
-        prepare_kbit=asked.prepare_kbit,
-    )
 
 
 def _refuse_unsupported(request: EstimateRequest) -> None:
@@ -136,9 +114,9 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
 
 
 def _refuse_contradictions(request: EstimateRequest) -> None:
-    if request.quantization is not None and not isinstance(request.method, Lora):
+    if request.quantization is not None and request.method.trains_base:
         raise InvalidRequestError(
-            "4-bit weights cannot be trained; choose method 'lora' (together they are QLoRA)"
+            "quantized weights cannot be trained; choose method 'lora' (together they are QLoRA)"
         )
     if request.quantization is not None and request.precision not in ("bf16", "fp16", "fp32"):
         raise InvalidRequestError(

@@ -22,8 +22,8 @@ from estimator.errors import (
     UnsupportedCombinationError,
     UnsupportedModelError,
 )
-from estimator.request import EstimateRequest, Lora
-from profiler import optimizers, quantized, trace
+from estimator.request import EstimateRequest
+from profiler import methods, optimizers, quantized, trace
 from profiler.placement import place
 
 PhaseCallback = Callable[[str], None]
@@ -123,10 +123,11 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
     model.config.use_cache = request.loop.use_cache
     if request.quantization is not None:
         model = _quantized(model, request)
-    elif isinstance(request.method, Lora):
+    elif not request.method.trains_base:
         model.requires_grad_(False)
-    if isinstance(request.method, Lora):
-        model = _adapted(model, request.method)
+    if request.method.peft is not None:
+        _import("peft")
+    model = methods.trained(model, request)
     if request.activation_checkpointing == "full":
         model.activation_checkpointing_enable()
     model.train()
@@ -193,9 +194,9 @@ def refuse_unsupported(request: EstimateRequest) -> None:
             raise UnsupportedCombinationError(
                 f"the dry run cannot run {field}={value!r} yet; it runs {choices}"
             )
-    if request.quantization is not None and not isinstance(request.method, Lora):
+    if request.quantization is not None and request.method.trains_base:
         raise InvalidRequestError(
-            "4-bit base weights cannot be trained; use method=lora with quantization"
+            "quantized base weights cannot be trained; use method=lora with quantization"
         )
 
 
@@ -322,47 +323,6 @@ def _quantized(model: Any, request: EstimateRequest) -> Any:
             model, use_gradient_checkpointing=request.activation_checkpointing == "full"
         )
     return model
-
-
-def _adapted(model: Any, method: Lora) -> Any:
-    """Put PEFT's adapters beside the targeted layers."""
-    peft = _import("peft")
-    targets = method.target_modules
-    try:
-        adapted = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=method.r,
-                lora_alpha=method.lora_alpha,
-                lora_dropout=method.lora_dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                modules_to_save=list(method.modules_to_save) or None,
-                bias=method.bias,
-                task_type="CAUSAL_LM",
-            ),
-            autocast_adapter_dtype=method.adapter_dtype == "float32",
-        )
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise InvalidRequestError(f"PEFT refuses this recipe: {one_line(error)}") from error
-    if method.adapter_dtype == "base":
-        _cast_adapters(adapted)
-    return adapted
-
-
-def _cast_adapters(model: Any) -> None:
-    """Give adapters the type of the layer that they stand beside.
-
-    PEFT does so when it puts an adapter in place, but not on the meta device
-    (tuners/tuners_utils.py, BaseTunerLayer._move_adapter_to_device_of_base_layer).
-    """
-    layer_class = _import("peft.tuners.tuners_utils").BaseTunerLayer
-    for layer in model.modules():
-        if not isinstance(layer, layer_class):
-            continue
-        dtype = layer.get_base_layer().weight.dtype
-        if dtype.is_floating_point:
-            for name in layer.adapter_layer_names:
-                getattr(layer, name).to(dtype)
 
 
 def _wrap_autocast(model: Any, dtype: str | None, device: str) -> None:

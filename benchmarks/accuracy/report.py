@@ -12,7 +12,8 @@ from typing import Final
 from benchmarks.accuracy.comparison import Answered, Answers, Comparison, answers, comparisons
 from benchmarks.accuracy.explanations import NOTHING, explanation
 from benchmarks.accuracy.published import ROOT, Row, measured, out_of_memory
-from estimator.request import EstimateRequest, Lora
+from estimator.request import EstimateRequest
+from estimator.techniques.methods.lora import Lora
 from estimator.units import GiB, gib
 
 PAGE: Final = ROOT / "docs" / "accuracy.md"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -14,9 +14,11 @@ from estimator.eager.tensor import Node, Tensor
 from estimator.model.forward import Forward
 from estimator.model.spec import Linear, Module, Weight
 from estimator.run import Run
+from estimator.section import Kind
 from estimator.sources import Cite
 from estimator.techniques.stage import Stage
 
+COMPUTE: Final = {each.label: each for each in DType}
 BLOCK = 64
 ABSMAX_BLOCK = 256
 _MATMUL = Cite("bitsandbytes", "autograd/_functions.py, MatMul4Bit")
@@ -113,14 +115,25 @@ def _part(name: str, count: int, dtype: DType) -> Weight:
     return Weight(name, _flat(count), dtype, False, 0, _STATE)
 
 
-class Quantize(Struct, frozen=True):
-    """Store every linear layer but the head in 4 bits; optionally raise the rest to fp32."""
+class Quantization(Kind, frozen=True):
+    """How the frozen base weights are stored; applies after they have got their types."""
 
     stage: ClassVar[Stage] = Stage.STORE
-    double_quant: bool
-    compute: DType
-    stored: DType
-    prepare_kbit: bool
+    source: ClassVar[Cite]
+
+    def apply(self, run: Run) -> Run:
+        """Return the run with packed linear layers."""
+        raise NotImplementedError
+
+
+class FourBitQuantization(Quantization, frozen=True):
+    """Store every linear layer but the head in 4 bits; optionally raise the rest to fp32."""
+
+    source: ClassVar[Cite] = Cite("dettmers2023", "section 3")
+
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    prepare_kbit: bool = True
 
     def apply(self, run: Run) -> Run:
         """Return the run with packed linear layers.
@@ -132,9 +145,11 @@ class Quantize(Struct, frozen=True):
 
         Source: peft, utils/other.py, prepare_model_for_kbit_training.
         """
+        stored = run.spec.embeddings[0].dtype
+        compute = COMPUTE[self.compute_dtype]
         head = run.spec.head.name
-        packed = FourBit(self.double_quant, self.stored, self.compute)
-        rest = DType.FLOAT32 if self.prepare_kbit else self.stored
+        packed = FourBit(self.double_quant, stored, compute)
+        rest = DType.FLOAT32 if self.prepare_kbit else stored
 
         def quantize(module: Module) -> Module:
             if isinstance(module, Linear) and module.name != head and not module.spelled_out:
@@ -149,3 +164,11 @@ class Quantize(Struct, frozen=True):
             )
             spec = replace(spec, notes=(*spec.notes, note))
         return replace(run, spec=spec)
+
+
+class Nf4(FourBitQuantization, frozen=True, tag="nf4"):
+    """4-bit NormalFloat (bitsandbytes)."""
+
+
+class Fp4(FourBitQuantization, frozen=True, tag="fp4"):
+    """4-bit floats (bitsandbytes)."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
+from tests.conformance import grids
+
 Document = dict[str, Any]
 
 
@@ -210,6 +212,10 @@ def cases() -> Iterator[Case]:
             yield _case(f"{family}: {recipe}", config, changes, recipe in FAST_EVERYWHERE)
     for recipe, changes in RECIPES.items():
         yield _case(f"llama: {recipe}", MODELS["llama"], changes, recipe in FAST_RECIPES)
+    for grid in grids.GRIDS:
+        for recipe, changes in grid.RECIPES.items():
+            model = grid.MODELS.get(recipe, "llama")
+            yield _case(f"{model}: {recipe}", MODELS[model], changes, recipe in grid.FAST)
 
 
 def _case(name: str, config: Document, changes: Document, fast: bool) -> Case:

@@ -35,7 +35,7 @@ ORDER = (
     ("hub",),
     ("config_file",),
     ("eager",),
-    ("components", "dtypes"),
+    ("components", "dtypes", "section"),
     ("errors", "sources", "units"),
 )
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from estimator.dtypes import DType
 from estimator.eager import ops
 from estimator.eager.size import dim
 from estimator.eager.tensor import Tensor
-from estimator.errors import InvalidRequestError
 from estimator.model.forward import Forward
-from estimator.model.spec import Linear, Module, Weight
+from estimator.model.spec import Linear, Weight
 from estimator.run import Run
+from estimator.section import Names
 from estimator.sources import Cite
-from estimator.techniques.stage import Stage
+from estimator.techniques.method import Method, adapted
 
 
 class LoraAdapter(Struct, frozen=True):
@@ -83,51 +82,22 @@ class LoraAdapter(Struct, frozen=True):
         return update if out_dtype is None else ops.cast(update, out_dtype)
 
 
-class Lora(Struct, frozen=True):
-    """Freeze the model and put adapters beside the targeted layers."""
+class Lora(Method, frozen=True, tag="lora"):
+    """Train low-rank adapters beside frozen linear layers (PEFT's LoraConfig)."""
 
-    stage: ClassVar[Stage] = Stage.ADAPT
-    r: int
-    dropout: float
-    target_modules: tuple[str, ...] | str
-    adapter_dtype: DType | None
+    peft: ClassVar[str | None] = "LoraConfig"
+    source: ClassVar[Cite] = Cite("hu2021", "section 4.1, W0 + BA")
+
+    r: Annotated[int, Meta(ge=1, le=65_536)] = 16
+    lora_alpha: Annotated[float, Meta(gt=0, le=1e9)] = 16.0
+    lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    modules_to_save: Names = ()
+    bias: Literal["none", "all", "lora_only"] = "none"
+    adapter_dtype: Literal["float32", "base"] = "float32"
 
     def apply(self, run: Run) -> Run:
-        """Return the run with every weight frozen and an adapter on each target.
-
-        Raises:
-            InvalidRequestError: the targets match no linear layer of the model, as PEFT refuses.
-        """
-        head = run.spec.head.name
-        matches = self._matcher(head)
-        linears = {
-            each.name: each for each, _ in run.spec.module_counts() if isinstance(each, Linear)
-        }
-        if not any(matches(name) for name in (*linears, head)):
-            known = sorted({name.rsplit(".", 1)[-1] for name in linears if name != head})
-            raise InvalidRequestError(
-                f"target_modules {list(self.target_modules)} match no linear layer of this "
-                f"{run.spec.model_type} model; it has {', '.join(known)}"
-            )
-        adapter = LoraAdapter(self.r, self.dropout, self.adapter_dtype)
-
-        def adapt(module: Module) -> Module:
-            frozen = replace(module, trainable=False)
-            if isinstance(frozen, Linear) and matches(frozen.name):
-                return replace(frozen, adapter=adapter)
-            return frozen
-
-        return replace(run, spec=run.spec.map_modules(adapt))
-
-    def _matcher(self, head: str) -> Callable[[str], bool]:
-        """Return the test for a targeted name: its own, or its end behind a dot, as in PEFT.
-
-        `all-linear` is every linear layer but the head.
-
-        Source: peft, tuners/tuners_utils.py, check_target_module_exists and
-        _maybe_include_all_linear_layers.
-        """
-        if isinstance(self.target_modules, str):
-            return lambda name: name != head
-        targets = self.target_modules
-        return lambda name: any(name == each or name.endswith(f".{each}") for each in targets)
+        """Return the run with every weight frozen and an adapter on each target."""
+        stored = DType.FLOAT32 if self.adapter_dtype == "float32" else None
+        adapter = LoraAdapter(self.r, self.lora_dropout, stored)
+        return replace(run, spec=adapted(run.spec, self.target_modules, lambda _: adapter))
