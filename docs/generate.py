@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
 import formulas
+import techniques
 from citations import ROOT, citations
 from formulas import EXAMPLE, table
 
@@ -48,6 +49,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Yield every generated page with the text that it should have."""
     yield DOCS / "formulas.md", formulas.page()
     yield DOCS / "sources.md", _sources()
+    yield DOCS / "techniques.md", techniques.page()
     yield DOCS / "models.md", _models()
     yield README, _readme(_read(README))
 

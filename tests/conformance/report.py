@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
 from estimator.errors import EstimatorError
-from tests.conformance.cases import cases
+from tests.conformance.cases import Case, cases
 from tests.conformance.compare import Comparison, compare
 
 PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
@@ -24,15 +26,18 @@ def main(pattern: str = "") -> int:
     chosen = [case for case in cases() if pattern in case.name]
     done: list[Comparison] = []
     failed: list[tuple[str, str]] = []
-    for case in track(chosen, "comparing engines", console=console):
-        try:
-            found = compare(case.name, case.document)
-        except EstimatorError as error:
-            failed.append((case.name, str(error)))
-            continue
-        done.append(found)
-        if abs(found.tensor_error) > MEDIAN_LIMIT or not found.same_moment:
-            console.print(_line(found), highlight=False)
+    # Fresh processes: a fork would copy torch's threads in the middle of their work.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        answers = pool.map(_compared, chosen)
+        for case, found in zip(
+            chosen, track(answers, "comparing engines", len(chosen), console=console), strict=True
+        ):
+            if isinstance(found, str):
+                failed.append((case.name, found))
+                continue
+            done.append(found)
+            if abs(found.tensor_error) > MEDIAN_LIMIT or not found.same_moment:
+                console.print(_line(found), highlight=False)
     for name, reason in failed:
         console.print(f"{name}: {reason}", highlight=False)
     if not pattern:
@@ -40,6 +45,14 @@ def main(pattern: str = "") -> int:
     worst = max((abs(each.error) for each in done), default=0.0)
     agree = all(each.same_moment for each in done)
     return 0 if not failed and worst <= LIMIT and agree else 1
+
+
+def _compared(case: Case) -> Comparison | str:
+    """Return both answers to a case, or why one engine refuses what the other answers."""
+    try:
+        return compare(case.name, case.document)
+    except EstimatorError as error:
+        return str(error)
 
 
 def page(done: list[Comparison], failed: list[tuple[str, str]]) -> str:
