@@ -32,7 +32,7 @@ from estimator.request import EstimateRequest
 from estimator.resolve import check_length, resolve
 from estimator.result import Capacity, Limits, Parameters, Peak, Range, Result, Verdict
 from estimator.run import Run
-from estimator.techniques.software import PROFILES
+from estimator.techniques.software import profile
 from estimator.verdict import judge
 
 Traces = dict[Regime, Trace]
@@ -249,6 +249,7 @@ def answer(
     reserved = reserved_range(max(replayed.reserved, allocated.expected))
     spec = engine.run.spec
     total = spec.total_parameters()
+    software = profile(request.software.framework, request.software.version)
     return Result(
         schema="estimate/v1",
         engine="analytic",
@@ -274,7 +275,7 @@ def answer(
         request=request.to_dict(),
         assumptions=assumptions(peak.moment, device.constants),
         notes=(*spec.notes, *_defaults(request)),
-        not_modelled=(*NOT_MODELLED, *PROFILES[request.software.version].not_modelled),
+        not_modelled=(*NOT_MODELLED, *software.not_modelled),
         versions={"vramplan": __version__, "modelled stack": MODELLED_STACK},
     )
 

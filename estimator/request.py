@@ -21,6 +21,7 @@ from estimator.techniques.methods.full import Full
 from estimator.techniques.methods.lora import Lora
 from estimator.techniques.quantization import Fp4, Nf4
 from estimator.techniques.quantization import Quantization as AnyQuantization
+from estimator.techniques.software import PROFILES
 
 MAX_REQUEST_BYTES: Final = 1024 * 1024
 MAX_MICRO_BATCH_SIZE: Final = 65_536
@@ -93,11 +94,12 @@ class Hardware(Section, frozen=True):
 class Software(Section, frozen=True):
     """The training stack; bytes depend on it.
 
-    Version 5 holds from transformers 4.49 on, 4 for 4.46 to 4.48, 4.45 for that and older ones.
+    Of transformers, version 5 holds from 4.49 on, 4 for 4.46 to 4.48, 4.45 for that and older
+    ones. A framework named without a version means the newest that is known here.
     """
 
-    framework: Literal["transformers"] = "transformers"
-    version: Literal["5", "4", "4.45"] = "5"
+    framework: Literal["transformers", "litgpt"] = "transformers"
+    version: Annotated[str, Meta(min_length=1, max_length=20)] = "5"
 
 
 class EstimateRequest(Section, frozen=True):
@@ -184,6 +186,10 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
         name = optimizer["name"].lower()
         rest = {key: item for key, item in optimizer.items() if key != "name"}
         out["optimizer"] = {**OPTIM_ALIASES.get(name, {"name": name}), **rest}
+    software = out.get("software")
+    if isinstance(software, dict) and software.get("framework") in PROFILES:
+        newest = next(iter(PROFILES[software["framework"]]))
+        out["software"] = {"version": newest, **software}
     for alias in CHECKPOINTING_ALIASES:
         if alias in out and "activation_checkpointing" not in out:
             given = out.pop(alias)

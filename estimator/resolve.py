@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Final
 
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
@@ -15,7 +16,7 @@ from estimator.techniques.execution import Attention, FullCheckpointing, Trainin
 from estimator.techniques.methods.lora import Lora
 from estimator.techniques.optimizers import OPTIMIZERS
 from estimator.techniques.precision import Precision
-from estimator.techniques.software import Software
+from estimator.techniques.software import Software, profile
 from estimator.techniques.stage import Technique, apply_all
 
 CHECKPOINTING: Final = ("none", "full")
@@ -32,13 +33,22 @@ def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> R
     """
     _refuse_unsupported(request)
     optimizer = optimizer_choice(request)
-    spec = read_spec(config, name)
+    spec = _read_model(request, config, name)
     _refuse_contradictions(request)
     bare = Run(spec=spec, settings=Settings(), optimizer=optimizer)
     run = apply_all(_techniques(request, optimizer), bare)
     if run.spec.trainable_parameters() == 0:
         raise InvalidRequestError("nothing is trainable with this method and these targets")
     return run
+
+
+def _read_model(request: EstimateRequest, config: Mapping[str, Any], name: str) -> ModelSpec:
+    """Return the model as the framework builds it: transformers' own code, or the framework's."""
+    code = profile(request.software.framework, request.software.version).model_code
+    if code is None:
+        return read_spec(config, name)
+    spec: ModelSpec = import_module(code).read(config, name)
+    return spec
 
 
 def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
@@ -69,7 +79,7 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
         request.method,
         Precision(request.precision, request.autocast),
         Attention(request.attention, request.padding),
-        Software(request.software.version),
+        Software(profile(request.software.framework, request.software.version)),
         Training(
             optimizer,
             micro_batches=request.gradient_accumulation_steps,

@@ -122,6 +122,21 @@ SOURCES: Final[dict[str, Source]] = {
         "PEFT 0.21.2, adapter layers and model preparation",
         "https://github.com/huggingface/peft/blob/v0.21.2/src/peft",
     ),
+    "bitsandbytes-0.41": Source(
+        "code",
+        "bitsandbytes 0.41.1, 4-bit layers as they were in 2023",
+        "https://github.com/bitsandbytes-foundation/bitsandbytes/tree/0.41.1",
+    ),
+    "litgpt": Source(
+        "code",
+        "Lit-GPT of October 2023, its model and its fine-tuning scripts",
+        "https://github.com/Lightning-AI/litgpt/blob/0cc02afa",
+    ),
+    "lightning": Source(
+        "code",
+        "Lightning Fabric 2.1.0, precision plugins",
+        "https://github.com/Lightning-AI/pytorch-lightning/blob/2.1.0/src/lightning",
+    ),
     "bitsandbytes": Source(
         "code",
         "bitsandbytes 0.50.2, 4-bit layers and 8-bit optimizers",

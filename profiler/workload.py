@@ -186,6 +186,7 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
         "hardware.num_gpus": (request.hardware.num_gpus, (1,)),
         "optimizer.in_backward": (request.optimizer.in_backward, (False,)),
+        "software.framework": (request.software.framework, ("transformers",)),
         "software.version": (request.software.version, ("5",)),
     }
     for field, (value, known) in allowed.items():

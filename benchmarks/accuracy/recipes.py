@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from benchmarks.accuracy.meters import meter_of
 from benchmarks.accuracy.published import Row
+from estimator.techniques.optimizers import OPTIMIZERS
 
 
 class InexpressibleError(Exception):
@@ -65,7 +66,6 @@ def _method(row: Row) -> str | None:
 
 # Frameworks that train models of their own code, not those of transformers.
 OWN_MODEL_CODE: Final = {
-    "litgpt (lit-gpt)": "litgpt",
     "torchtune": "torchtune",
     "torchtitan": "torchtitan",
     "torchao benchmark script": "torchao",
@@ -93,7 +93,7 @@ OTHER_LOSSES: Final = {
     "fused triton CE": "framework kernels: FOAK",
     "liger": "loss: fused linear (Liger)",
     "cut_ce": "loss: cut cross entropy",
-    "chunked": "loss: chunked",
+    "chunked (CEW": "loss: chunked",
 }
 
 
@@ -219,8 +219,52 @@ def _swift(row: Row) -> dict[str, Any]:
     return document
 
 
+LITGPT_GPUS: Final = {"A100-SXM4-40GB": "a100-40gb"}
+
+
+def _litgpt(row: Row) -> dict[str, Any]:
+    """Lit-GPT's resource tables: finetune/lora.py at bf16-true, over 1000 iterations.
+
+    The script prints `max_memory_allocated`. The first iteration has the longest sample, and no
+    gradients exist in it, so accumulation does not show. LoRA is on queries and values, of the
+    weights' own type (fabric.init_module); AdamW is torch's default, foreach; with quantization it
+    is bitsandbytes' paged one.
+    """
+    if row.precision != "bf16_pure":
+        raise InexpressibleError("precision: Lightning's bf16-mixed")
+    optimizer: dict[str, Any] = {"name": "adamw", "implementation": "foreach"}
+    quantization = None
+    if row.method == "qlora":
+        optimizer = {"name": "paged_adamw_32bit"}
+        if "paged_adamw_32bit" not in OPTIMIZERS:
+            raise InexpressibleError("optimizer: bitsandbytes' paged AdamW in 32 bits")
+        quantization = {"name": "nf4", "double_quant": "dq" in row.method_detail["quant"]}
+        quantization["prepare_kbit"] = False
+    return {
+        "model": row.model,
+        "precision": "bf16",
+        "optimizer": optimizer,
+        "quantization": quantization,
+        "micro_batch_size": row.micro_batch_size,
+        "seq_len": row.seq_len,
+        "method": {
+            "name": "lora",
+            "r": row.method_detail["rank"],
+            "lora_dropout": row.method_detail["dropout"],
+            "target_modules": ["attn"],
+            "adapter_dtype": "base",
+        },
+        "hardware": {"gpu": LITGPT_GPUS[row.gpu]} if row.gpu in LITGPT_GPUS else {},
+        "software": {"framework": "litgpt", "version": "2023.10"},
+    }
+
+
 def _names(targets: str | list[str]) -> list[str]:
     return [targets] if isinstance(targets, str) else targets
 
 
-RULES: Final[dict[str, Callable[[Row], dict[str, Any]]]] = {"fms-main": _fms, "ms-swift": _swift}
+RULES: Final[dict[str, Callable[[Row], dict[str, Any]]]] = {
+    "fms-main": _fms,
+    "ms-swift": _swift,
+    "litgpt-resource-tables": _litgpt,
+}

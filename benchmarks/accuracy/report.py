@@ -161,7 +161,7 @@ def recipe(request: EstimateRequest) -> str:
         f"{name}{prepared}, {precision}, {optimizer}, "
         f"{request.micro_batch_size} x {request.seq_len}, "
         f"checkpointing {request.activation_checkpointing}, {request.attention}, "
-        f"transformers {request.software.version}"
+        f"{request.software.framework} {request.software.version}"
     )
 
 

@@ -9,6 +9,7 @@ from msgspec import Struct
 from estimator.eager import ops
 from estimator.eager.size import BATCH, SEQ, Dim
 from estimator.eager.tensor import Tensor, view
+from estimator.model.litgpt import ChunkedLoss
 
 
 class Loss(Struct, frozen=True):
@@ -50,8 +51,9 @@ class Loss(Struct, frozen=True):
 # shifts the labels. transformers 4.46.3 and 4.48.1: the same function copies
 # `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
 # LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
-LOSSES: Final[dict[str, Loss]] = {
+LOSSES: Final[dict[str, Loss | ChunkedLoss]] = {
     "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
     "transformers-4": Loss(upcasts_outputs=False, shifts_logits=True),
     "transformers-4.45": Loss(upcasts_outputs=True, shifts_logits=True),
+    "litgpt": ChunkedLoss(),
 }

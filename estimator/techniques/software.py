@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Final
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from estimator.errors import InvalidRequestError
 from estimator.run import Run
+from estimator.techniques.litgpt import litgpt_formats
 from estimator.techniques.stage import Stage
 
 
@@ -17,10 +20,15 @@ class SoftwareProfile(Struct, frozen=True):
     Args:
         loss: the loss of `estimator/memory/loss.py` that runs.
         not_modelled: what differs too and is not accounted for.
+        model_code: the module that reads a configuration, where the framework has a model of its
+            own instead of transformers'.
+        formats: what the profile makes of a run whose weights have got their formats.
     """
 
     loss: str
     not_modelled: tuple[str, ...] = ()
+    model_code: str | None = None
+    formats: Callable[[Run], Run] | None = None
 
 
 _REENTRANT: Final = (
@@ -32,20 +40,49 @@ _OLD_ATTENTION: Final = (
     "the eager and sdpa implementations"
 )
 
-# "5" holds from transformers 4.49 on, "4" for 4.46 to 4.48, "4.45" for it and what came before.
-PROFILES: Final[dict[str, SoftwareProfile]] = {
-    "5": SoftwareProfile("transformers-5"),
-    "4": SoftwareProfile("transformers-4", (_REENTRANT,)),
-    "4.45": SoftwareProfile("transformers-4.45", (_REENTRANT, _OLD_ATTENTION)),
+# transformers: "5" holds from 4.49 on, "4" for 4.46 to 4.48, "4.45" for it and what came before.
+# The first version of a framework is the one that is meant when none is named.
+PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
+    "transformers": {
+        "5": SoftwareProfile("transformers-5"),
+        "4": SoftwareProfile("transformers-4", (_REENTRANT,)),
+        "4.45": SoftwareProfile("transformers-4.45", (_REENTRANT, _OLD_ATTENTION)),
+    },
+    "litgpt": {
+        "2023.10": SoftwareProfile(
+            "litgpt",
+            (
+                "the adapters' targets of litgpt: LoRA on `attn` means queries and values, its "
+                "default, and other choices among the three are not told apart",
+            ),
+            model_code="estimator.model.litgpt",
+            formats=litgpt_formats,
+        ),
+    },
 }
+
+
+def profile(framework: str, version: str) -> SoftwareProfile:
+    """Return what a framework's version is known to do.
+
+    Raises:
+        InvalidRequestError: the framework has no such version here.
+    """
+    versions = PROFILES[framework]
+    if version not in versions:
+        raise InvalidRequestError(
+            f"software: {framework} has no version {version!r} here; it has {', '.join(versions)}"
+        )
+    return versions[version]
 
 
 class Software(Struct, frozen=True):
     """The versions that train."""
 
     stage: ClassVar[Stage] = Stage.KERNEL
-    version: str
+    profile: SoftwareProfile
 
     def apply(self, run: Run) -> Run:
-        """Set the version of the loss."""
-        return replace(run, loss=PROFILES[self.version].loss)
+        """Set the version of the loss, and the formats of the framework's own layers."""
+        run = replace(run, loss=self.profile.loss)
+        return self.profile.formats(run) if self.profile.formats is not None else run

@@ -1,0 +1,74 @@
+"""How Lit-GPT stores 4-bit weights: bitsandbytes 0.41, and every linear layer, the head too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from estimator.dtypes import DType
+from estimator.eager.tensor import Node, Tensor
+from estimator.model.forward import Forward
+from estimator.model.spec import Linear, Module
+from estimator.run import Run
+from estimator.sources import Cite
+from estimator.techniques.quantization import FourBit
+
+_MATMUL = Cite("bitsandbytes-0.41", "autograd/_functions.py, MatMul4Bit")
+
+
+class OldFourBit(FourBit, frozen=True):
+    """The 4-bit product of bitsandbytes 0.41: it keeps its input for nothing.
+
+    Lightning quantizes from fp16, so the weight comes back as fp16 and is cast to the input's type.
+    """
+
+    def forward(self, run: Forward, linear: Linear, x: Tensor) -> Tensor:
+        """Multiply by the dequantized weight.
+
+        Shapes:
+            weight  [out, in]  2 bytes, twice, in forward and in backward
+            input   [b, s, in]  width of the run, saved
+
+        Source: bitsandbytes-0.41, autograd/_functions.py, MatMul4Bit; lightning,
+        fabric/plugins/precision/bitsandbytes.py, _Linear4bit._quantize_weight.
+        """
+        weight, dtype = linear.weight().shape, x.dtype
+        held = [
+            run.tape.new("dequantized weight", weight, each, _MATMUL)
+            for each in (DType.FLOAT16, dtype)
+        ]
+        out = run.tape.new("output", (*x.shape[:-1], linear.fan_out), dtype, _MATMUL)
+        held.clear()
+
+        def rule(node: Node, grads: list[Tensor | None], saved: list[Any]) -> tuple[Tensor | None]:
+            whole = [
+                node.scratch("dequantized weight", weight, each, _MATMUL)
+                for each in (DType.FLOAT16, dtype)
+            ]
+            grad = node.new_grad(0, source=_MATMUL)
+            whole.clear()
+            return (grad,)
+
+        run.tape.record("matmul_4bit", (x,), (x,), rule, out)
+        return out
+
+
+def litgpt_formats(run: Run) -> Run:
+    """Return the run with litgpt's 4-bit layers where the request asks for 4 bits.
+
+    Source: lightning, fabric/plugins/precision/bitsandbytes.py, _convert_layers.
+    """
+    packed = [
+        each.format
+        for each, _ in run.spec.module_counts()
+        if isinstance(each, Linear) and isinstance(each.format, FourBit)
+    ]
+    if not packed:
+        return run
+    old = OldFourBit(packed[0].double_quant, packed[0].stored, packed[0].compute)
+
+    def convert(module: Module) -> Module:
+        return replace(module, format=old) if isinstance(module, Linear) else module
+
+    return replace(run, spec=run.spec.map_modules(convert))
