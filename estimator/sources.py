@@ -122,7 +122,7 @@ SOURCES: Final[dict[str, Source]] = {
         "PEFT 0.21.2, adapter layers and model preparation",
         "https://github.com/huggingface/peft/blob/v0.21.2/src/peft",
     ),
-    "bitsandbytes-0.41": Source(
+    "bitsandbytes-2023": Source(
         "code",
         "bitsandbytes 0.41.1, 4-bit layers as they were in 2023",
         "https://github.com/bitsandbytes-foundation/bitsandbytes/tree/0.41.1",

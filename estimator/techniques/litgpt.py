@@ -14,7 +14,7 @@ from estimator.run import Run
 from estimator.sources import Cite
 from estimator.techniques.quantization import FourBit
 
-_MATMUL = Cite("bitsandbytes-0.41", "autograd/_functions.py, MatMul4Bit")
+_MATMUL = Cite("bitsandbytes-2023", "autograd/_functions.py, MatMul4Bit")
 
 
 class OldFourBit(FourBit, frozen=True):
@@ -30,7 +30,7 @@ class OldFourBit(FourBit, frozen=True):
             weight  [out, in]  2 bytes, twice, in forward and in backward
             input   [b, s, in]  width of the run, saved
 
-        Source: bitsandbytes-0.41, autograd/_functions.py, MatMul4Bit; lightning,
+        Source: bitsandbytes-2023, autograd/_functions.py, MatMul4Bit; lightning,
         fabric/plugins/precision/bitsandbytes.py, _Linear4bit._quantize_weight.
         """
         weight, dtype = linear.weight().shape, x.dtype
