@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Final
 
@@ -20,12 +21,13 @@ from estimator.memory.trace import trace
 from estimator.model.families import FAMILIES
 from estimator.model.forward import Forward, Settings
 from estimator.model.spec import Linear, Module, Norm
+from estimator.optimizer import Optimizer
 from estimator.render.text import thin
 from estimator.request import parse_request
 from estimator.resolve import resolve
-from estimator.run import Run
+from estimator.run import OptimizerChoice, Run
 from estimator.techniques.methods.lora import LoraAdapter
-from estimator.techniques.optimizers import FUSED_STEP, MOMENTUM, OPTIMIZERS, Trained
+from estimator.techniques.optimizers import OPTIMIZERS, Trained, states, temporaries
 from estimator.techniques.precision import PRECISIONS
 from estimator.techniques.quantization import FourBit
 
@@ -85,27 +87,33 @@ def _trained(dtype: DType) -> tuple[Trained, ...]:
 def _optimizers() -> str:
     rows = []
     for name, row in OPTIMIZERS.items():
-        kept = " + ".join(f"`{state.name}`" for state in row.states) or "none"
-        sources = [*(str(state.source) for state in row.states), str(row.source)]
-        for implementation, temporaries in row.temporaries.items():
+        for implementation in row.updates:
             default = ", the default" if implementation == row.default else ""
+            choice = OptimizerChoice(Optimizer(name), implementation, master_weights=False)
+            kept_states = states(choice)
+            kept = " + ".join(f"`{state.name}`" for state in kept_states) or "none"
+            sources = [*(str(state.source) for state in kept_states), str(row.source)]
             rows.append(
                 (
                     f"`{name}`",
                     f"{implementation}{default}",
                     kept,
-                    *(_state_bytes(row.states, dtype) for dtype in (BF16, FP32)),
-                    _temporaries(temporaries),
+                    *(_state_bytes(kept_states, dtype) for dtype in (BF16, FP32)),
+                    _temporaries(partial(temporaries, choice)),
                     "; ".join(dict.fromkeys(sources)),
                 )
             )
+    matrix = _trained(FP32)[0]
     extra = [
-        (state.name, _number(state.bytes(matrix) / matrix.elements), thin(state.bytes(matrix)), why)
-        for state, why in (
-            (MOMENTUM, f"`sgd` with a momentum; {MOMENTUM.source}"),
-            (FUSED_STEP, f"`adam` and `adamw`, fused; {FUSED_STEP.source}"),
+        (
+            f"`{name}`: `{state.name}`",
+            _number(state.bytes(matrix) / matrix.elements),
+            thin(state.bytes(matrix)),
+            str(state.source),
         )
-        for matrix in _trained(FP32)[:1]
+        for name, row in OPTIMIZERS.items()
+        for state in row.states
+        if state not in states(OptimizerChoice(Optimizer(name), row.default, master_weights=False))
     ]
     return f"""\
 ## Optimizers
@@ -130,7 +138,12 @@ holds master copies.
     }
 Small tensors and embeddings have fp32 states under the 8-bit optimizers. Beside the table:
 
-{table(("state", "B per fp32 parameter", f"B for {_LARGE} x {_LARGE}", "when"), extra)}"""
+{
+        table(
+            ("kept with a knob", "B per fp32 parameter", f"B for {_LARGE} x {_LARGE}", "when"),
+            extra,
+        )
+    }"""
 
 
 def _state_bytes(states: Iterable[Any], dtype: DType) -> str:

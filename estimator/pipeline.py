@@ -214,7 +214,10 @@ class _Asked:
 
 @lru_cache(maxsize=128)
 def _engine(asked: _Asked) -> Engine:
-    same_but_optimizer = _Asked(asked.request, asked.config, asked.name, asked.key[:-1])
+    optimizer = asked.request.optimizer
+    # An optimizer in backward is a part of what is traced.
+    key = asked.key if optimizer.in_backward else asked.key[:-1]
+    same_but_optimizer = _Asked(asked.request, asked.config, asked.name, key)
     return Engine(resolve(asked.request, asked.config, asked.name), _traces(same_but_optimizer))
 
 

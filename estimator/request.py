@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from estimator.errors import InvalidRequestError, MalformedDocumentError
+from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.full import Full
@@ -39,15 +40,6 @@ METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
 Quantization = Nf4 | Fp4
 QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
-
-
-class Optimizer(Section, frozen=True):
-    """The optimizer, spelled as torch and bitsandbytes spell it."""
-
-    name: str = "adamw"
-    implementation: Literal["foreach", "fused", "single"] | None = None
-    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    in_backward: bool = False
 
 
 class Loop(Section, frozen=True):

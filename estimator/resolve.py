@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Final
 
+from msgspec import structs
+
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.families import read_spec
 from estimator.model.forward import Settings
 from estimator.model.spec import ModelSpec
+from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest, Parallelism
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.execution import Attention, FullCheckpointing, Training
@@ -55,7 +58,7 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
     """Return the optimizer with its implementation filled in.
 
     Raises:
-        InvalidRequestError: an optimizer, an implementation or a momentum that there is not.
+        InvalidRequestError: an optimizer, an implementation or a knob that there is not.
     """
     asked = request.optimizer
     row = OPTIMIZERS.get(asked.name)
@@ -64,14 +67,22 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
             f"unknown optimizer {asked.name!r}; known: {', '.join(sorted(OPTIMIZERS))}"
         )
     implementation = asked.implementation or row.default
-    if implementation not in row.temporaries:
+    if implementation not in row.updates:
         raise InvalidRequestError(
             f"optimizer {asked.name!r} has no implementation {implementation!r}; it has "
-            f"{', '.join(sorted(row.temporaries))}"
+            f"{', '.join(sorted(row.updates))}"
         )
-    if asked.momentum and asked.name != "sgd":
-        raise InvalidRequestError(f"momentum is a setting of sgd, not of {asked.name!r}")
-    return OptimizerChoice(asked.name, implementation, asked.momentum, master_weights=False)
+    for knob in structs.fields(Optimizer):
+        given = getattr(asked, knob.name) != knob.default
+        if given and knob.name not in (*_ANY_OPTIMIZER, *row.knobs):
+            known = ", ".join(
+                name for name, other in OPTIMIZERS.items() if knob.name in other.knobs
+            )
+            raise InvalidRequestError(f"{knob.name} is a setting of {known}, not of {asked.name!r}")
+    return OptimizerChoice(asked, implementation, master_weights=False)
+
+
+_ANY_OPTIMIZER: Final = ("name", "implementation", "in_backward")
 
 
 def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[Technique, ...]:
@@ -110,7 +121,9 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
         f"loss {request.loss!r}": request.loss != "standard",
         f"kernels {list(request.kernels)}": bool(request.kernels),
         "packing": request.packing,
-        "optimizer.in_backward": request.optimizer.in_backward,
+        "optimizer.in_backward with precision 'master_bf16'": (
+            request.optimizer.in_backward and request.precision == "master_bf16"
+        ),
         "loop.set_to_none=false": not request.loop.set_to_none,
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1
@@ -132,6 +145,12 @@ def _refuse_contradictions(request: EstimateRequest) -> None:
         raise InvalidRequestError(
             f"precision {request.precision!r} does not go with 4-bit weights; choose bf16, fp16 or "
             "fp32, and autocast beside it"
+        )
+
+    if request.optimizer.in_backward and request.gradient_accumulation_steps > 1:
+        raise InvalidRequestError(
+            "optimizer.in_backward drops each gradient as soon as it has been used, so that there "
+            "is nothing to accumulate into; set gradient_accumulation_steps to 1"
         )
 
 

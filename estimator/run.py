@@ -7,15 +7,26 @@ from msgspec import Struct
 from estimator.dtypes import DType
 from estimator.model.forward import Settings
 from estimator.model.spec import ModelSpec
+from estimator.optimizer import Optimizer
 
 
 class OptimizerChoice(Struct, frozen=True):
-    """The optimizer of a run: its row in the table, and how it is implemented."""
+    """The optimizer of a run: what was asked for, and what that did not say.
 
-    name: str
+    Args:
+        asked: its name and its knobs.
+        implementation: the one that was named, or the optimizer's default.
+        master_weights: it updates fp32 copies of the weights.
+    """
+
+    asked: Optimizer
     implementation: str
-    momentum: float
     master_weights: bool
+
+    @property
+    def name(self) -> str:
+        """The name of its row in the table."""
+        return self.asked.name
 
 
 class Run(Struct, frozen=True):

@@ -115,7 +115,7 @@ def _traced(
             layers=layers,
             workspaces=Workspaces(capability, multiprocessors, constants.cublas_workspace),
         )
-        optimizers.announce(job.optimizer, meter.work_for)
+        optimizers.announce(job.optimizer, meter)
         with meter.watching(model, workload.sites(model)), meter:
             for tensor, path, operator, component in workload.standing(job):
                 meter.adopt(tensor, path, operator, component)

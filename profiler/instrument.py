@@ -24,6 +24,7 @@ from profiler.known_values import KnownValues
 from profiler.places import NOWHERE, Place, Places
 from profiler.workspaces import Workspaces
 
+_READ: Final = torch.ops.aten._local_scalar_dense.default
 _DEVICE: Final = torch.ops.prim.device.default
 _COPY: Final = torch.ops.aten._to_copy.default
 _ADD: Final = torch.ops.aten.add.Tensor
@@ -112,6 +113,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         self._sites: dict[str, str] = {}
         self._worked_for = NOWHERE
         self._making_batch = False
+        self._updating = False
         self._steady_from = 0
 
     def phase(self, name: str) -> None:
@@ -127,6 +129,16 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
             name = trace.LOSS_BACKWARD
         self._making_batch = name == trace.BATCH
         self._phase = trace.FORWARD if self._making_batch else name
+        self._updating = name == trace.OPTIMIZER_STEP
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Know that the optimizer works in the middle of another phase."""
+        self._updating = True
+        try:
+            yield
+        finally:
+            self._updating = False
 
     def begin_steady_step(self) -> None:
         """Mark the start of the step that is reported."""
@@ -240,6 +252,10 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
             known = self._known.scalar(func, args)
             if known is not None:
                 return known
+            if self._updating and func is _READ and args[0].dtype.is_floating_point:
+                # An optimizer reads a norm to scale its update, which allocates nothing.
+                known = KnownValues.constant(args[0])
+                return 1.0 if known is None else known
             out = self._known.counted(func, args)
             if out is None:
                 kernel = self._kernels.get(func) if self._kernels is not None else func
@@ -273,6 +289,8 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         """
         if kwargs or torch.is_grad_enabled() or torch._C._current_autograd_node() is None:
             return False
+        if self._updating:
+            return False
         target, source = args[0], args[-1] if len(args) == 2 else args[0]
         if not (isinstance(target, torch.Tensor) and isinstance(source, torch.Tensor)):
             return False
@@ -287,7 +305,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
 
     def _born(self, func: Any, args: tuple[Any, ...], out: Any, place: Place) -> None:
         """Register the storages of an operator's results, and the kernel's own workspaces."""
-        updating = self._phase == trace.OPTIMIZER_STEP
+        updating = self._updating
         inputs = _tensor_list(args)
         for position, tensor in enumerate(_tensors(out)):
             if tensor.untyped_storage()._cdata in self._index:

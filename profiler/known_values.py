@@ -37,6 +37,15 @@ class KnownValues:
         with unset_fake_temporarily():
             return twin.item()
 
+    @staticmethod
+    def constant(tensor: Any) -> Any:
+        """Return the value of a fake tensor that was made from a number, or None."""
+        value = getattr(tensor, "constant", None)
+        if value is None:
+            return None
+        with unset_fake_temporarily():
+            return value.item()
+
     def counted(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Return the fake result of an operator whose result has as many rows as values pass.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from estimator.errors import InvalidRequestError, MissingDependencyError
-from estimator.request import EstimateRequest, Optimizer
+from estimator.optimizer import Optimizer
+from estimator.request import EstimateRequest
 from profiler.unroll import Shortening
+
+if TYPE_CHECKING:
+    from profiler.instrument import Meter
 
 LEARNING_RATE: Final = 1e-5
 # bitsandbytes/optim/optimizer.py, get_state_buffer: smaller states are never paged.
@@ -29,6 +34,8 @@ def build(model: Any, request: EstimateRequest) -> Any:
         raise InvalidRequestError(f"unknown optimizer {asked.name!r}; known: {known}")
     build_one = _BUILDERS[asked.name]
     groups = parameter_groups(model)
+    if asked.in_backward:
+        return InBackward(groups, lambda alone: build_one(model, alone, asked))
     if request.precision == "master_bf16":
         return MasterCopies(groups, lambda masters: build_one(model, masters, asked))
     return build_one(model, groups, asked)
@@ -117,8 +124,61 @@ class MasterCopies:
             parameter.grad = None
 
 
-def announce(optimizer: Any, work_for: Callable[[Any], None]) -> None:
+class InBackward:
+    """An optimizer for each parameter, which steps and drops the gradient as soon as it is there.
+
+    Source: PyTorch's tutorial `optimizer_step_in_backward_tutorial`, and torchtune,
+    training/memory.py, register_optim_in_bwd_hooks.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], build_one: Callable[[list[dict[str, Any]]], Any]
+    ) -> None:
+        self.update: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self.optimizers: dict[Any, Any] = {}
+        for group in groups:
+            for parameter in group["params"]:
+                self.optimizers[parameter] = build_one([{**group, "params": [parameter]}])
+                parameter.register_post_accumulate_grad_hook(self._hook)
+
+    def _hook(self, parameter: Any) -> None:
+        with self.update():
+            self.optimizers[parameter].step()
+            self.optimizers[parameter].zero_grad()
+
+    @property
+    def any(self) -> Any:
+        """One of the optimizers; they differ by their parameter alone."""
+        return next(iter(self.optimizers.values()))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings that all of them have."""
+        settings: dict[str, Any] = self.any.defaults
+        return settings
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """States by parameter."""
+        return {
+            parameter: state
+            for each in self.optimizers.values()
+            for parameter, state in each.state.items()
+        }
+
+    def step(self) -> None:
+        """Do nothing: the parameters are updated already."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do nothing: the gradients are gone."""
+
+
+def announce(optimizer: Any, meter: Meter) -> None:
     """Have the optimizer say for which model parameter it works whenever it looks up its states."""
+    if isinstance(optimizer, InBackward):
+        optimizer.update = meter.updating
+        return
+    work_for = meter.work_for
     inner = getattr(optimizer, "inner", optimizer)
     models = {id(main): parameter for parameter, main in getattr(optimizer, "masters", ())}
 
@@ -137,7 +197,8 @@ def is_on_host(optimizer: Any, name: str) -> bool:
 
 def is_managed(optimizer: Any, parameter: Any, name: str) -> bool:
     """Whether an optimizer keeps this state in CUDA managed memory, outside torch's counters."""
-    inner = getattr(optimizer, "inner", optimizer)
+    inner = optimizer.any if isinstance(optimizer, InBackward) else optimizer
+    inner = getattr(inner, "inner", inner)
     paged = getattr(inner, "is_paged", False) and parameter.numel() >= _SMALLEST_PAGED
     return paged and name in ("state1", "state2")
 
@@ -159,17 +220,70 @@ def _torch_flags(asked: Optimizer, default: str) -> dict[str, bool]:
     return {"foreach": chosen == "foreach", "fused": chosen == "fused"}
 
 
+def _nadam(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    import torch
+
+    return torch.optim.NAdam(groups, lr=LEARNING_RATE, foreach=_foreach(asked))
+
+
+def _radam(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return torch's RAdam, with its steps counted from 5 on: before, it takes a shorter way."""
+    import torch
+
+    class Aged(torch.optim.RAdam):  # type: ignore[misc]  # torch is not typed here
+        def step(self, closure: Any = None) -> Any:
+            for state in self.state.values():
+                state["step"].add_(5.0)
+            return super().step(closure)
+
+    return Aged(groups, lr=LEARNING_RATE, foreach=_foreach(asked))
+
+
+def _rmsprop(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    import torch
+
+    return torch.optim.RMSprop(
+        groups,
+        lr=LEARNING_RATE,
+        momentum=asked.momentum,
+        centered=asked.centered,
+        foreach=_foreach(asked),
+    )
+
+
+def _adagrad(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    import torch
+
+    return torch.optim.Adagrad(groups, lr=LEARNING_RATE, **_torch_flags(asked, "foreach"))
+
+
+def _torch_adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    import torch
+
+    foreach = _torch_flags(asked, "single")["foreach"]
+    return torch.optim.Adafactor(groups, lr=LEARNING_RATE, foreach=foreach)
+
+
+def _foreach(asked: Optimizer) -> bool:
+    """Whether foreach runs: torch's own choice on CUDA, unless another was asked for."""
+    if asked.implementation == "fused":
+        raise InvalidRequestError(f"optimizer {asked.name!r} has no fused implementation")
+    return _torch_flags(asked, "foreach")["foreach"]
+
+
 def _adamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return what `TrainingArguments.optim` means by adamw_torch_fused and adamw_torch."""
     import torch
 
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, **_torch_flags(asked, "fused"))
+    flags = _torch_flags(asked, "fused")
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, amsgrad=asked.amsgrad, **flags)
 
 
 def _adam(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     import torch
 
-    return torch.optim.Adam(groups, lr=LEARNING_RATE, **_torch_flags(asked, "fused"))
+    flags = _torch_flags(asked, "foreach")
+    return torch.optim.Adam(groups, lr=LEARNING_RATE, amsgrad=asked.amsgrad, **flags)
 
 
 def _sgd(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
@@ -177,14 +291,18 @@ def _sgd(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     import torch
 
     flags = _torch_flags(asked, "foreach")
-    return torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=asked.momentum, **flags)
+    return torch.optim.SGD(
+        groups, lr=LEARNING_RATE, momentum=asked.momentum, nesterov=asked.nesterov, **flags
+    )
 
 
 def _adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     from transformers.optimization import Adafactor
 
     _refuse_implementation(asked)
-    return Adafactor(groups, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)
+    return Adafactor(
+        groups, lr=LEARNING_RATE, beta1=asked.beta1, scale_parameter=False, relative_step=False
+    )
 
 
 def _adamw_8bit(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
@@ -234,6 +352,11 @@ def _refuse_implementation(asked: Optimizer) -> None:
 
 _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]]] = {
     "adam": _adam,
+    "nadam": _nadam,
+    "radam": _radam,
+    "rmsprop": _rmsprop,
+    "adagrad": _adagrad,
+    "torch_adafactor": _torch_adafactor,
     "adamw": _adamw,
     "sgd": _sgd,
     "adafactor": _adafactor,

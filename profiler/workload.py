@@ -185,7 +185,6 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         "packing": (request.packing, (False,)),
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
         "hardware.num_gpus": (request.hardware.num_gpus, (1,)),
-        "optimizer.in_backward": (request.optimizer.in_backward, (False,)),
         "software.framework": (request.software.framework, ("transformers",)),
         "software.version": (request.software.version, ("5",)),
     }

@@ -35,6 +35,7 @@ def backward(loss: Tensor) -> None:
         tape.enter(node.site)
         tape.prefix = ""
         grads = _run(node, buffers.pop(node))
+        complete: list[Param] = []
         for edge in node.inputs:
             moved = [grads.pop(0)]
             if edge is None:
@@ -46,7 +47,9 @@ def backward(loss: Tensor) -> None:
                 if isinstance(edge.target, Node):
                     heapq.heappush(ready, (-edge.target.order, edge.target))
                 else:
-                    _accumulate(tape, edge.target, buffers.pop(edge.target))
+                    complete.append(edge.target)
+        for param in complete:
+            _accumulate(tape, param, buffers.pop(param))
 
 
 def _contributions(root: Node) -> dict[Target, int]:
@@ -144,8 +147,15 @@ _SOLE: Final = _sole_owner()
 def _accumulate(tape: Tape, param: Param, buffer: list[Tensor | None]) -> None:
     """Hand a parameter its gradient: kept as it is, or added in place to the one that is there.
 
-    Source: torch-autograd, functions/accumulate_grad.h, AccumulateGrad::accumulateGrad.
+    With the optimizer in backward, the parameter is updated here, and its gradient dies.
+
+    Source: torch-autograd, functions/accumulate_grad.h, AccumulateGrad::accumulateGrad, and
+    functions/accumulate_grad.cpp, AccumulateGrad::apply for the hook.
     """
     grad = buffer.pop()
-    if not tape.grads_exist and grad is not None:
+    if grad is None:
+        return
+    if tape.update is not None and param.held is None:
+        tape.update(tape, param)
+    elif not tape.grads_exist:
         tape.grads[param] = grad

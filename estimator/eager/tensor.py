@@ -232,6 +232,8 @@ class Tape:
         self.grads: dict[Param, Tensor] = {}
         self.batch: list[Tensor] = []
         self.grads_exist = False
+        # What the optimizer does to a parameter as soon as its gradient is there, if it does.
+        self.update: Callable[[Tape, Param], None] | None = None
         self.left_behind: Live | None = None
         self._grown = False
         self._order = 0

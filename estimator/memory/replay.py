@@ -14,9 +14,10 @@ from msgspec import Struct
 from estimator.eager.size import Polynomial
 from estimator.eager.tensor import Regime
 from estimator.memory.caching_allocator import CachingAllocator, OutOfMemory
-from estimator.memory.standing import optimizer_states, step_temporaries, trained_tensors
+from estimator.memory.standing import step_temporaries, trained_tensors
 from estimator.memory.trace import Recording, record
 from estimator.run import Run
+from estimator.techniques.optimizers import states
 
 
 class Blocks(Struct, frozen=True):
@@ -53,10 +54,10 @@ def blocks(
 
 def _replayed(run: Run, replayer: _Replayer) -> Blocks:
     replayer.load(_loaded(run))
-    states = tuple(_states(run))
+    kept = tuple(_states(run))
     temporaries = step_temporaries(run)
     replayer.step()
-    replayer.update(states, temporaries)
+    replayer.update(kept, temporaries)
     replayer.highest.clear()
     replayer.step()
     replayer.update((), temporaries)
@@ -77,11 +78,10 @@ def _loaded(run: Run) -> Iterator[int]:
 
 def _states(run: Run) -> Iterator[int]:
     """Yield the sizes of the optimizer's states, tensor by tensor, managed memory left out."""
+    kept = states(run.optimizer)
     for each in trained_tensors(run):
         for _ in range(each.count):
-            yield from (
-                state.bytes(each) for state in optimizer_states(run) if not state.managed(each)
-            )
+            yield from (state.bytes(each) for state in kept if not state.managed(each))
 
 
 class _Replayer:

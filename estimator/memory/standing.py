@@ -9,14 +9,7 @@ from estimator.memory.ledger import Entry, Ledger, constant_row, tensor_row
 from estimator.model.spec import Module
 from estimator.run import Run
 from estimator.sources import Cite
-from estimator.techniques.optimizers import (
-    FUSED_STEP,
-    MOMENTUM,
-    OPTIMIZERS,
-    State,
-    Trained,
-    trained,
-)
+from estimator.techniques.optimizers import OPTIMIZERS, Trained, states, temporaries, trained
 
 _MASTER = Cite("micikevicius2018", "section 3.1, fp32 master copy of weights")
 _MAIN_GRADS = Cite("megatron-optimizer", "_copy_model_grads_to_main_grads")
@@ -55,16 +48,6 @@ def trained_tensors(run: Run) -> tuple[Trained, ...]:
     )
 
 
-def optimizer_states(run: Run) -> tuple[State, ...]:
-    """Return the states of the run's optimizer, momentum and fused step counters included."""
-    states = OPTIMIZERS[run.optimizer.name].states
-    if run.optimizer.momentum:
-        states = (*states, MOMENTUM)
-    if run.optimizer.implementation == "fused" and run.optimizer.name in ("adam", "adamw"):
-        states = (*states, FUSED_STEP)
-    return states
-
-
 def _weights(run: Run) -> list[Entry]:
     entries = []
     for module, weight, count in run.spec.tensors():
@@ -98,7 +81,7 @@ def _states(run: Run) -> list[Entry]:
             each.count,
         )
         for each in trained_tensors(run)
-        for state in optimizer_states(run)
+        for state in states(run.optimizer)
         if not state.managed(each) and state.bytes(each)
     ]  # fmt: skip
 
@@ -108,7 +91,7 @@ def managed_bytes(run: Run) -> int:
     return sum(
         state.bytes(each) * each.count
         for each in trained_tensors(run)
-        for state in optimizer_states(run)
+        for state in states(run.optimizer)
         if state.managed(each)
     )
 
@@ -131,8 +114,10 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
     """Return what the optimizer's step holds beside the standing entries at its worst moment.
 
     Gradients are there until `zero_grad`. With master weights they have been copied to fp32 one
-    by one, each original freed at once.
+    by one, each original freed at once. An optimizer in backward has done its work already.
     """
+    if run.optimizer.asked.in_backward:
+        return ()
     tensors = trained_tensors(run)
     if run.optimizer.master_weights:
         gradients = [
@@ -162,5 +147,6 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
 
 def step_temporaries(run: Run) -> tuple[int, ...]:
     """Return the sizes of what the optimizer's step allocates at its worst moment [bytes]."""
-    row = OPTIMIZERS[run.optimizer.name]
-    return row.temporaries[run.optimizer.implementation](trained_tensors(run))
+    if run.optimizer.asked.in_backward:
+        return ()
+    return temporaries(run.optimizer, trained_tensors(run))

@@ -30,6 +30,7 @@ from estimator.eager.tensor import (
 )
 from estimator.memory.loss import LOSSES
 from estimator.memory.unroll import NotPeriodicError, shorten, unroll
+from estimator.memory.updates import updater
 from estimator.model.forward import Forward
 from estimator.model.spec import LayerKind
 from estimator.run import Run
@@ -149,6 +150,8 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
         What is alive when the model's forward pass has ended, and when backward begins.
     """
     tape.grads_exist = run.accumulates
+    if run.optimizer.asked.in_backward:
+        tape.update = updater(run)
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
     batch = [

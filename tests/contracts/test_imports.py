@@ -35,6 +35,7 @@ ORDER = (
     ("hub",),
     ("config_file",),
     ("eager",),
+    ("optimizer",),
     ("components", "dtypes", "section"),
     ("errors", "sources", "units"),
 )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol
 
+from tests.conformance.grids import optimizers
+
 
 class Grid(Protocol):
     """What a module of this folder holds."""
@@ -17,4 +19,4 @@ class Grid(Protocol):
     FAST: frozenset[str]
 
 
-GRIDS: Final[tuple[Grid, ...]] = ()
+GRIDS: Final[tuple[Grid, ...]] = (optimizers,)

@@ -1,0 +1,31 @@
+"""The optimizer section of the request: which one, how it is implemented, and its knobs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from estimator.section import Section
+
+Momentum = Annotated[float, Meta(ge=0, lt=1)]
+
+
+class Optimizer(Section, frozen=True):
+    """The optimizer; it and its knobs are spelled as their library spells them.
+
+    A knob belongs to the optimizers whose row names it (`estimator/techniques/optimizers`).
+    """
+
+    name: str = "adamw"
+    implementation: Literal["foreach", "fused", "single"] | None = None
+    momentum: Momentum = 0.0
+    in_backward: bool = False
+    amsgrad: Annotated[bool, Meta(description="Adam keeps the maximum of the second moment.")] = (
+        False
+    )
+    nesterov: Annotated[bool, Meta(description="Nesterov momentum of SGD.")] = False
+    centered: Annotated[bool, Meta(description="RMSprop keeps the mean gradient as well.")] = False
+    beta1: Annotated[
+        float | None, Meta(description="First moment of Adafactor; none: it keeps no momentum.")
+    ] = None

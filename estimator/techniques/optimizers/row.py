@@ -1,0 +1,116 @@
+"""A row of the table of optimizers: the states that it keeps, and the step that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
+
+from estimator.dtypes import DType
+from estimator.model.spec import Embedding, Module, Weight
+from estimator.run import OptimizerChoice
+from estimator.sources import Assumption, Cite
+
+if TYPE_CHECKING:
+    from estimator.techniques.optimizers.temporaries import Update
+
+FP32: Final = DType.FLOAT32.width
+
+
+class Trained(Struct, frozen=True):
+    """One trainable tensor as the optimizer sees it.
+
+    Args:
+        name: the module and the tensor.
+        elements: its parameters.
+        dtype: the type that the optimizer updates: fp32 where it holds a master copy.
+        rows, columns: the last two dimensions of a matrix, 0 for a vector.
+        in_embedding: it belongs to an embedding table.
+        count: how many such tensors the model has.
+    """
+
+    name: str
+    elements: int
+    dtype: DType
+    rows: int
+    columns: int
+    in_embedding: bool
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor itself."""
+        return self.elements * self.dtype.width
+
+
+def trained(module: Module, weight: Weight, count: int, *, master: bool) -> Trained:
+    """Describe a trainable weight to the optimizer."""
+    rows, columns = (0, 0)
+    if len(weight.shape) >= 2:
+        rows, columns = weight.shape[-2].value, weight.shape[-1].value
+    return Trained(
+        name=f"{module.name}.{weight.name}",
+        elements=weight.parameters,
+        dtype=DType.FLOAT32 if master else weight.dtype,
+        rows=rows,
+        columns=columns,
+        in_embedding=isinstance(module, Embedding),
+        count=count,
+    )
+
+
+def _always(choice: OptimizerChoice) -> bool:
+    return True
+
+
+def _never(each: Trained) -> bool:
+    return False
+
+
+class State(Struct, frozen=True):
+    """Bytes of one kind of state for one trained tensor.
+
+    Args:
+        when: whether the optimizer keeps it at all, with these knobs.
+        managed: CUDA managed memory: on the device when used, but in none of torch's counters.
+    """
+
+    name: str
+    bytes: Callable[[Trained], int]
+    source: Cite | Assumption
+    when: Callable[[OptimizerChoice], bool] = _always
+    managed: Callable[[Trained], bool] = _never
+
+
+class OptimizerRow(Struct, frozen=True):
+    """One optimizer.
+
+    Args:
+        states: what it keeps for each trained tensor from the first step on.
+        updates: for each implementation, its step, which says what it holds for a moment.
+        default: the implementation that is meant when the request names none.
+        source: where the step is read from.
+        knobs: fields of the request's section that this optimizer has.
+    """
+
+    states: tuple[State, ...]
+    updates: dict[str, Update]
+    default: str
+    source: Cite | Assumption
+    knobs: tuple[str, ...] = ()
+
+
+def same(each: Trained) -> int:
+    """Bytes of a state that is `zeros_like` the tensor: its type, its shape."""
+    return each.bytes
+
+
+def in_fp32(each: Trained) -> int:
+    """Bytes of a state of the tensor's shape in fp32."""
+    return each.elements * FP32
+
+
+def scalar(each: Trained) -> int:
+    """Bytes of one fp32 number."""
+    return FP32

@@ -1,0 +1,114 @@
+"""What the step of an optimizer holds at its worst moment: its code, run on sizes alone.
+
+A function of this package follows the upstream step line by line. Every intermediate result is a
+`Scratch`, which is alive as long as a Python name or expression refers to it, as a tensor is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from estimator.dtypes import DType
+from estimator.run import OptimizerChoice
+from estimator.techniques.optimizers.row import Trained
+
+FP32 = DType.FLOAT32.width
+
+
+class Step:
+    """One step under way: what is alive, and what was when it was most."""
+
+    def __init__(self) -> None:
+        self.worst: tuple[int, ...] = ()
+        self._alive: dict[int, tuple[int, ...]] = {}
+        self._total = self._most = self._born = 0
+
+    def new(self, *sizes: int, held: object = None) -> Scratch:
+        """Allocate tensors of some sizes [bytes]; what is `held` dies no earlier than now."""
+        return Scratch(self, tuple(size for size in sizes if size))
+
+    def like(self, each: Trained, held: object = None) -> Scratch:
+        """Allocate a tensor as large as a trained one, in its type."""
+        return Scratch(self, (each.bytes,))
+
+    def fp32(self, each: Trained, held: object = None) -> Scratch:
+        """Allocate a tensor as large as a trained one, in fp32."""
+        return Scratch(self, (each.elements * FP32,))
+
+    def every(self, tensors: Iterable[Trained], held: object = None) -> Scratch:
+        """Allocate a list with a tensor for each trained one, as a foreach operator does."""
+        return Scratch(self, tuple(each.bytes for each in tensors for _ in range(each.count)))
+
+    def born(self, sizes: tuple[int, ...]) -> int:
+        """Count tensors that begin to live."""
+        self._born += 1
+        self._alive[self._born] = sizes
+        self._total += sum(sizes)
+        if self._total > self._most:
+            self._most = self._total
+            self.worst = tuple(size for group in self._alive.values() for size in group)
+        return self._born
+
+    def died(self, number: int) -> None:
+        """Count tensors that have died."""
+        self._total -= sum(self._alive.pop(number))
+
+
+class Scratch:
+    """Temporaries that are born together and die with the last reference to them."""
+
+    __slots__ = ("number", "step")
+
+    def __init__(self, step: Step, sizes: tuple[int, ...]) -> None:
+        self.step = step
+        self.number = step.born(sizes)
+
+    def __del__(self) -> None:
+        self.step.died(self.number)
+
+
+Update = Callable[[Step, tuple[Trained, ...], OptimizerChoice], None]
+"""The step of an optimizer over tensors of one parameter group."""
+
+
+def worst_moment(
+    update: Update, tensors: tuple[Trained, ...], choice: OptimizerChoice
+) -> tuple[int, ...]:
+    """Return the sizes of the temporaries that are alive together at the worst moment [bytes].
+
+    The Trainer puts matrices and vectors into two groups, with and without weight decay.
+
+    Source: hf-trainer, Trainer.create_optimizer.
+    """
+    step = Step()
+    for is_matrix in (True, False):
+        group = tuple(each for each in tensors if bool(each.rows) is is_matrix)
+        if group:
+            update(step, group, choice)
+    return step.worst
+
+
+def in_turn(tensors: tuple[Trained, ...]) -> Iterator[Trained]:
+    """Yield tensors in the order of the model, layers no more than twice: the rest repeat them."""
+    repeated: list[Trained] = []
+    for each in (*tensors, None):
+        if each is not None and each.count > 1:
+            repeated.append(each)
+            continue
+        yield from repeated * 2
+        repeated.clear()
+        if each is not None:
+            yield each
+
+
+def by_dtype(tensors: tuple[Trained, ...]) -> Iterator[tuple[Trained, ...]]:
+    """Yield the tensors of each type, which a foreach implementation updates together."""
+    groups: dict[DType, list[Trained]] = {}
+    for each in tensors:
+        groups.setdefault(each.dtype, []).append(each)
+    for group in groups.values():
+        yield tuple(group)
+
+
+def nothing(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> None:
+    """Run a kernel that updates everything in place."""

@@ -1,0 +1,99 @@
+"""Optimizers: alone over short sequences, where their step is the peak, and in combinations."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+Document = dict[str, Any]
+
+# One short sequence: gradients, states and temporaries outweigh activations.
+SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 130}
+CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
+LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.05}}
+
+
+def _asked(optimizer: str, *others: Document, **knobs: Any) -> Document:
+    document: Document = {"optimizer": {"name": optimizer, **knobs}}
+    for other in others:
+        document.update(other)
+    return document
+
+
+def _in_backward(optimizer: str, *others: Document, **knobs: Any) -> Document:
+    return _asked(optimizer, *others, in_backward=True, **knobs)
+
+
+RECIPES: Final[dict[str, Document]] = {
+    # -- the optimizer in backward -------------------------------------------------------------
+    "adamw in backward": _in_backward("adamw", SHORT),
+    "adamw in backward, long": _in_backward("adamw", CHECKPOINTED),
+    "adamw foreach in backward checkpointed": _in_backward(
+        "adamw", SHORT, CHECKPOINTED, implementation="foreach"
+    ),
+    "adamw single in backward, tied": _in_backward("adamw", SHORT, implementation="single"),
+    "sgd in backward checkpointed": _in_backward("sgd", SHORT, CHECKPOINTED),
+    "adafactor in backward": _in_backward("adafactor", SHORT),
+    "adafactor in backward fp32 checkpointed, tied": _in_backward(
+        "adafactor", SHORT, CHECKPOINTED, {"precision": "fp32"}
+    ),
+    "adafactor in backward, gpt2": _in_backward("adafactor", SHORT),
+    "adamw 8-bit in backward checkpointed": _in_backward("adamw_8bit", SHORT, CHECKPOINTED),
+    "torch adafactor in backward amp": _in_backward(
+        "torch_adafactor", SHORT, {"precision": "amp_bf16"}
+    ),
+    "adamw in backward, lora": _in_backward("adamw", LORA, CHECKPOINTED),
+    # -- torch ---------------------------------------------------------------------------------
+    "adamw amsgrad": _asked("adamw", SHORT, amsgrad=True),
+    "adam amsgrad single": _asked("adam", SHORT, amsgrad=True, implementation="single"),
+    "adamw amsgrad foreach master_bf16": _asked(
+        "adamw", SHORT, {"precision": "master_bf16"}, amsgrad=True, implementation="foreach"
+    ),
+    "sgd nesterov single": _asked(
+        "sgd", SHORT, momentum=0.9, nesterov=True, implementation="single"
+    ),
+    "nadam": _asked("nadam", SHORT),
+    "nadam single checkpointed": _asked("nadam", SHORT, CHECKPOINTED, implementation="single"),
+    "nadam fp32, tied": _asked("nadam", SHORT, {"precision": "fp32"}),
+    "nadam lora": _asked("nadam", SHORT, LORA),
+    "radam": _asked("radam", SHORT),
+    "radam single": _asked("radam", SHORT, implementation="single"),
+    "radam amp, gpt2": _asked("radam", SHORT, {"precision": "amp_bf16"}),
+    "radam in backward": _in_backward("radam", SHORT, implementation="single"),
+    "rmsprop": _asked("rmsprop", SHORT),
+    "rmsprop centered momentum single": _asked(
+        "rmsprop", SHORT, centered=True, momentum=0.9, implementation="single"
+    ),
+    "rmsprop centered amp": _asked("rmsprop", SHORT, {"precision": "amp_bf16"}, centered=True),
+    "rmsprop in backward checkpointed": _in_backward("rmsprop", SHORT, CHECKPOINTED),
+    "adagrad": _asked("adagrad", SHORT),
+    "adagrad fused": _asked("adagrad", SHORT, implementation="fused"),
+    "adagrad single, tied": _asked("adagrad", SHORT, implementation="single"),
+    "adagrad lora fp32": _asked("adagrad", SHORT, LORA, {"precision": "fp32"}),
+    "torch adafactor": _asked("torch_adafactor", SHORT),
+    "torch adafactor foreach": _asked("torch_adafactor", SHORT, implementation="foreach"),
+    "torch adafactor fp32, gpt2": _asked("torch_adafactor", SHORT, {"precision": "fp32"}),
+    # -- Adafactor of transformers -------------------------------------------------------------
+    "adafactor with momentum": _asked("adafactor", SHORT, beta1=0.9),
+    "adafactor with momentum fp32, tied": _asked(
+        "adafactor", SHORT, {"precision": "fp32"}, beta1=0.9
+    ),
+    "adafactor with momentum amp checkpointed": _asked(
+        "adafactor", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}, beta1=0.9
+    ),
+}
+
+MODELS: Final[dict[str, str]] = {
+    "adamw single in backward, tied": "llama-tied",
+    "adafactor in backward fp32 checkpointed, tied": "llama-tied",
+    "adafactor in backward, gpt2": "gpt2",
+    "torch adafactor in backward amp": "qwen2",
+    "nadam fp32, tied": "llama-tied",
+    "radam amp, gpt2": "gpt2",
+    "adagrad single, tied": "llama-tied",
+    "torch adafactor fp32, gpt2": "gpt2",
+    "adafactor with momentum fp32, tied": "llama-tied",
+}
+
+FAST: Final = frozenset(
+    {"adamw single in backward, tied", "radam single", "torch adafactor in backward amp"}
+)
