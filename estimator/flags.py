@@ -442,7 +442,7 @@ def _methods_with(field: str) -> tuple[str, ...]:
     having = tuple(
         str(each.__struct_config__.tag) for each in METHODS if field in each.__struct_fields__
     )
-    aliases = (alias for alias, (name, _) in METHOD_ALIASES.items() if name in having)
+    aliases = (alias for alias, meant in METHOD_ALIASES.items() if meant.method in having)
     return (*having, *aliases)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
@@ -20,6 +20,7 @@ from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.full import Full
 from estimator.techniques.methods.lora import Lora
+from estimator.techniques.methods.partial import Partial
 from estimator.techniques.quantization import Fp4, Nf4
 from estimator.techniques.quantization import Quantization as AnyQuantization
 from estimator.techniques.software import PROFILES
@@ -35,7 +36,7 @@ class InlineModel(Section, frozen=True):
     config: dict[str, Any]
 
 
-Method = Full | Lora
+Method = Full | Lora | Partial
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
 Quantization = Nf4 | Fp4
@@ -136,8 +137,20 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "sgd_momentum": {"name": "sgd", "momentum": 0.9},
 }
 
-# Methods that say more than their name: the method and the quantization that each is.
-METHOD_ALIASES: Final[dict[str, tuple[str, str]]] = {"qlora": ("lora", "nf4")}
+
+class Alias(NamedTuple):
+    """A word for a method that says more than its name: knobs, or a quantization beside it."""
+
+    method: str
+    knobs: dict[str, Any] = {}  # noqa: RUF012 - a default of a tuple is never written to
+    quantization: str | None = None
+
+
+METHOD_ALIASES: Final[dict[str, Alias]] = {
+    "qlora": Alias("lora", quantization="nf4"),
+    "bitfit": Alias("partial", {"biases": True}),
+    "freeze": Alias("partial"),
+}
 
 # Other spellings of `activation_checkpointing`; a boolean means full or none.
 CHECKPOINTING_ALIASES: Final = ("gradient_checkpointing", "recompute")
@@ -169,10 +182,10 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
     method = out.get("method")
     alias = method.get("name") if isinstance(method, dict) else None
     if isinstance(method, dict) and isinstance(alias, str) and alias in METHOD_ALIASES:
-        name, quantization = METHOD_ALIASES[alias]
-        out["method"] = {**method, "name": name}
-        if out.get("quantization") is None:
-            out["quantization"] = {"name": quantization}
+        meant = METHOD_ALIASES[alias]
+        out["method"] = {**meant.knobs, **method, "name": meant.method}
+        if out.get("quantization") is None and meant.quantization is not None:
+            out["quantization"] = {"name": meant.quantization}
     optimizer = out.get("optimizer")
     if isinstance(optimizer, dict) and isinstance(optimizer.get("name"), str):
         name = optimizer["name"].lower()

@@ -171,6 +171,16 @@ SOURCES: Final[dict[str, Source]] = {
     "micikevicius2018": Source(
         "paper", "Mixed precision training", "https://arxiv.org/abs/1710.03740"
     ),
+    "zaken2021": Source(
+        "paper",
+        "BitFit: simple parameter-efficient fine-tuning for masked language models",
+        "https://arxiv.org/abs/2106.10199",
+    ),
+    "llamafactory": Source(
+        "code",
+        "LLaMA-Factory at commit 01d87b8267b9, freeze tuning",
+        "https://github.com/hiyouga/LLaMA-Factory/blob/01d87b8267b9/src/llamafactory",
+    ),
     "megatron-optimizer": Source(
         "code",
         "Megatron-LM, Float16OptimizerWithFloat16Params",

@@ -80,6 +80,8 @@ def _run(
 
 def _names_layers(request: EstimateRequest) -> bool:
     """Whether the recipe singles out layers by number, so that no layer stands for another."""
+    if request.method.singles_out_layers:
+        return True
     targets = getattr(request.method, "target_modules", ())
     saved = getattr(request.method, "modules_to_save", ())
     names = (*saved, *(targets if isinstance(targets, tuple) else ()))

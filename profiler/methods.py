@@ -13,12 +13,65 @@ from typing import Any, Final
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.request import EstimateRequest
 from estimator.techniques.method import Method
+from estimator.techniques.methods.partial import Partial
+from profiler import stack
 
 # Knobs that are arguments of `get_peft_model`, not of the configuration.
 _NOT_CONFIGURATION: Final = frozenset({"adapter_dtype"})
 
+
+def _partial(model: Any, request: EstimateRequest) -> Any:
+    """Freeze the model but for the parameters that the request names.
+
+    As LLaMA-Factory does it: by the names of parameters, with the number of the layer in them
+    (model/adapter.py, _setup_freeze_tuning); norms by their class, biases by their name.
+    """
+    method = request.method
+    assert isinstance(method, Partial)
+    layers = stack.layers_path(model)
+    first = stack.num_layers(model.config) - (method.last_layers or 0)
+    inputs = set(map(id, model.get_input_embeddings().parameters()))
+    of_norms = {
+        id(parameter)
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    }
+    of_tables = inputs | {
+        id(parameter)
+        for module in model.modules()
+        if "embedding" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    }
+
+    def is_named(name: str, parameter: Any) -> bool:
+        return (
+            any(f".{each}." in f".{name}" for each in method.modules)
+            or (method.norms and id(parameter) in of_norms)
+            or (method.biases and name.endswith(".bias"))
+            or (method.embeddings and id(parameter) in of_tables)
+        )
+
+    inside = {
+        name: int(name[len(f"{layers}.") :].partition(".")[0])
+        for name, _ in model.named_parameters()
+        if name.startswith(f"{layers}.")
+    }
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole = method.last_layers is not None and not any(
+        is_named(name, parameters[name]) for name in inside
+    )
+    model.requires_grad_(False)
+    for name, parameter in parameters.items():
+        if name in inside and method.last_layers is not None and inside[name] < first:
+            continue
+        if is_named(name, parameter) or (whole and name in inside):
+            parameter.requires_grad_(True)
+    return model
+
+
 Builder = Callable[[Any, EstimateRequest], Any]
-BUILDERS: Final[dict[str, Builder]] = {}
+BUILDERS: Final[dict[str, Builder]] = {"partial": _partial}
 """What builds a method that PEFT does not: given the model, it returns the model to train."""
 
 

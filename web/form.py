@@ -125,7 +125,7 @@ def _control(pointer: str, option_name: str, text: str, option: click.Option) ->
 def _method_fields() -> dict[str, frozenset[str]]:
     """Return the fields of each method, under its name and under its aliases."""
     fields = {kind().name: frozenset(kind.__struct_fields__) for kind in METHODS}
-    return fields | {alias: fields[name] for alias, (name, _) in METHOD_ALIASES.items()}
+    return fields | {alias: fields[meant.method] for alias, meant in METHOD_ALIASES.items()}
 
 
 def _methods_with(pointer: str) -> tuple[str, ...]:
@@ -214,7 +214,10 @@ def _that_apply(given: Mapping[str, Any]) -> dict[str, Any]:
     A form without JavaScript sends them all, and the request refuses what a method does not have.
     """
     method = given.get("/method/name", controls()["/method/name"].default)
-    quantized = given.get("/quantization/name") is not None or method in METHOD_ALIASES
+    alias = METHOD_ALIASES.get(method)
+    quantized = given.get("/quantization/name") is not None or (
+        alias is not None and alias.quantization is not None
+    )
     kept = {}
     for pointer, value in given.items():
         applies = method in controls()[pointer].methods or not controls()[pointer].methods
@@ -253,8 +256,9 @@ def _with_alias(document: dict[str, Any]) -> dict[str, Any]:
     method, quantization = document.get("method"), document.get("quantization")
     if not isinstance(method, dict) or not isinstance(quantization, dict):
         return document
-    for alias, pair in METHOD_ALIASES.items():
-        if (method.get("name"), quantization.get("name")) == pair:
+    for alias, meant in METHOD_ALIASES.items():
+        said = meant.method, meant.quantization
+        if not meant.knobs and (method.get("name"), quantization.get("name")) == said:
             rest = {name: value for name, value in quantization.items() if name != "name"}
             return {**document, "method": {**method, "name": alias}, "quantization": rest}
     return document

@@ -79,11 +79,16 @@ class WeightFormat(Protocol):
 
 
 class Module(Struct, frozen=True, eq=False, kw_only=True):
-    """A named part of the model; `dtype` is how it is stored."""
+    """A named part of the model; `dtype` is how it is stored.
+
+    Args:
+        trainable_bias: the bias is trained, whether or not the rest is.
+    """
 
     name: str
     dtype: DType = DType.FLOAT32
     trainable: bool = True
+    trainable_bias: bool = False
 
     def weights(self) -> tuple[Weight, ...]:
         """Return the module's parameter tensors."""
@@ -116,7 +121,9 @@ class Linear(Module, frozen=True, eq=False, kw_only=True):
 
     def bias_weight(self) -> Weight | None:
         """Return the bias, if there is one."""
-        return Weight("bias", (self.fan_out,), self.dtype, self.trainable) if self.bias else None
+        if not self.bias:
+            return None
+        return Weight("bias", (self.fan_out,), self.dtype, self.trainable or self.trainable_bias)
 
     def weights(self) -> tuple[Weight, ...]:
         stored = self.format.weights(self) if self.format else (self.weight(),)
@@ -133,10 +140,11 @@ class Norm(Module, frozen=True, eq=False, kw_only=True):
     affine: bool = True
 
     def weights(self) -> tuple[Weight, ...]:
-        names = ("weight", "bias") if self.bias else ("weight",)
         if not self.affine:
             return ()
-        return tuple(Weight(name, (self.width,), self.dtype, self.trainable) for name in names)
+        shape, bias = (self.width,), self.trainable or self.trainable_bias
+        weight = Weight("weight", shape, self.dtype, self.trainable)
+        return (weight, Weight("bias", shape, self.dtype, bias)) if self.bias else (weight,)
 
 
 class Embedding(Module, frozen=True, eq=False, kw_only=True):

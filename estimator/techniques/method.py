@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from msgspec.structs import replace
 
 from estimator.errors import InvalidRequestError
-from estimator.model.spec import Adapter, Linear, ModelSpec, Module
+from estimator.model.spec import Adapter, LayerKind, Linear, ModelSpec, Module
 from estimator.run import Run
 from estimator.section import Kind
 from estimator.sources import Cite
@@ -29,6 +29,11 @@ class Method(Kind, frozen=True):
     trains_base: ClassVar[bool] = False
     peft: ClassVar[str | None] = None
     source: ClassVar[Cite]
+
+    @property
+    def singles_out_layers(self) -> bool:
+        """Whether it treats some layers unlike others, so that no layer stands for another."""
+        return False
 
     def apply(self, run: Run) -> Run:
         """Return the run with the method in it."""
@@ -73,3 +78,38 @@ def adapted(
         return frozen
 
     return spec.map_modules(adapt)
+
+
+class _Place(NamedTuple):
+    """What a layer is among its like: two of one place do the same work."""
+
+    kind: int
+    chosen: bool
+    wants_input: bool
+
+
+def by_layer(
+    spec: ModelSpec,
+    chosen: Callable[[int], bool],
+    change: Callable[[LayerKind, bool], LayerKind],
+) -> ModelSpec:
+    """Return the model with some of its decoder layers changed apart from the others.
+
+    A kind of layer is split where its layers do different work. Below the first layer that trains
+    anything no graph is built, so nothing is saved there; the layer right below it is a kind of its
+    own, because the next one may keep its output.
+
+    Args:
+        chosen: whether a layer, by its index, is among those that train something.
+        change: returns a kind as it is in a chosen layer, or in one that is not.
+    """
+    trained = [chosen(index) for index in range(len(spec.pattern))]
+    from_below = any(weight.trainable for each in spec.embeddings for weight in each.weights())
+    places = [
+        _Place(kind, trained[index], from_below or any(trained[:index]))
+        for index, kind in enumerate(spec.pattern)
+    ]
+    pairs = list(zip(places, [*places[1:], None], strict=True))
+    distinct = tuple(dict.fromkeys(pairs))
+    kinds = tuple(change(spec.kinds[here.kind], here.chosen) for here, _ in distinct)
+    return replace(spec, kinds=kinds, pattern=tuple(distinct.index(each) for each in pairs))

@@ -20,6 +20,7 @@ FROZEN_FLAGS = """
 --model --task
 --method --lora-r --lora-alpha --lora-dropout --target-modules --modules-to-save --lora-bias
 --adapter-dtype --quantization --double-quant --compute-dtype --prepare-kbit
+--method-last-layers --method-modules --method-norms --method-biases --method-embeddings
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing

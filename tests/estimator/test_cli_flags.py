@@ -9,7 +9,14 @@ import pytest
 from msgspec import structs
 
 from estimator.flags import FLAGS, given_flags, overlay, parse_flagged, request_options
-from estimator.request import EstimateRequest, InlineModel, Section, known_fields
+from estimator.request import (
+    METHOD_ALIASES,
+    METHODS,
+    EstimateRequest,
+    InlineModel,
+    Section,
+    known_fields,
+)
 
 
 def _models_in(annotation: Any) -> set[type[Section]]:
@@ -42,7 +49,8 @@ def test_the_choices_of_a_flag_are_those_of_its_field():
     options = {option.name: option for option in request_options()}
     task = get_args(get_type_hints(EstimateRequest)["task"])
     assert tuple(options["task"].type.choices) == task
-    assert tuple(options["method"].type.choices) == ("full", "lora", "qlora")
+    methods = (*(str(kind.__struct_config__.tag) for kind in METHODS), *METHOD_ALIASES)
+    assert tuple(options["method"].type.choices) == methods
 
 
 def test_every_flag_has_help_and_all_but_the_model_say_their_default():
@@ -123,7 +131,10 @@ def _value_typed_for(option: click.Option) -> Any:
 
 @pytest.mark.parametrize(("flag", "option"), list(zip(FLAGS, request_options(), strict=True)))
 def test_every_flag_gives_a_value_that_the_request_accepts(flag, option):
-    chosen = {"/model": "gpt2", "/method/name": "lora", "/quantization/name": "nf4"}
+    _, _, field = flag.pointer.rpartition("/")
+    takers = (kind().name for kind in METHODS if field in kind.__struct_fields__)
+    method = next(takers, "lora") if flag.pointer.startswith("/method/") else "lora"
+    chosen = {"/model": "gpt2", "/method/name": method, "/quantization/name": "nf4"}
     parse_flagged(overlay({}, {**chosen, flag.pointer: _value_typed_for(option)}), ())
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from estimator.errors import InvalidRequestError, MalformedDocumentError
 from estimator.flags import request_fields
-from estimator.request import parse_request
+from estimator.request import METHOD_ALIASES, METHODS, parse_request
 from web import form
 
 
@@ -105,7 +105,7 @@ def test_the_command_line_quotes_what_a_shell_would_read():
 def test_menus_hold_what_the_request_allows():
     controls = form.controls()
     methods = [choice.value for choice in controls["/method/name"].choices]
-    assert methods == ["full", "lora", "qlora"]
+    assert methods == [*(kind().name for kind in METHODS), *METHOD_ALIASES]
     assert "flash_attention_2" in [choice.value for choice in controls["/attention"].choices]
     assert "adamw_8bit" in [choice.value for choice in controls["/optimizer/name"].choices]
     assert "full" in [choice.value for choice in controls["/activation_checkpointing"].choices]

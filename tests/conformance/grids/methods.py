@@ -1,0 +1,79 @@
+"""Methods outside PEFT: partial training, bottleneck adapters, ReFT, training without backward."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+CHECKPOINTED: Final[dict[str, Any]] = {"activation_checkpointing": "full"}
+
+
+def _partial(**knobs: Any) -> dict[str, Any]:
+    return {"method": {"name": "partial", **knobs}}
+
+
+_LAST: Final = _partial(last_layers=2)
+_HEAD: Final = _partial(modules=["lm_head"])
+_BITFIT: Final = {"method": "bitfit"}
+_NORMS: Final = _partial(norms=True)
+_TABLES: Final = _partial(embeddings=True)
+_QUERIES: Final = _partial(modules=["q_proj"])
+
+RECIPES: Final[dict[str, dict[str, Any]]] = {
+    "last layers": _LAST,
+    "last layers checkpointed": {**_LAST, **CHECKPOINTED},
+    "last layers fp32": {**_LAST, "precision": "fp32"},
+    "last layers amp": {**_LAST, "precision": "amp_bf16"},
+    "last layers padded": {**_LAST, "padding": True},
+    "last layers accumulation": {**_LAST, "gradient_accumulation_steps": 4},
+    "last layers, alternating": _LAST,
+    "last layers, tied": _LAST,
+    "last layers and head": _partial(last_layers=1, modules=["lm_head"]),
+    "last layers and embeddings": _partial(last_layers=1, embeddings=True),
+    "last layers, opt": _LAST,
+    "last layers, attention only": _partial(last_layers=3, modules=["self_attn"]),
+    "last layers, queries fp32": {
+        **_partial(last_layers=3, modules=["q_proj"]), "precision": "fp32",
+    },
+    "head only": _HEAD,
+    "head only, tied": _HEAD,
+    "head only fp32": {**_HEAD, "precision": "fp32"},
+    "head only checkpointed": {**_HEAD, **CHECKPOINTED},
+    "head only autocast": {**_HEAD, "autocast": "bf16"},
+    "bitfit": _BITFIT,
+    "bitfit, opt": _BITFIT,
+    "bitfit checkpointed": {**_BITFIT, **CHECKPOINTED},
+    "bitfit amp": {**_BITFIT, "precision": "amp_bf16"},
+    "bitfit, last layers": {"method": {"name": "bitfit", "last_layers": 1}},
+    "norms only": _NORMS,
+    "norms only, gemma": _NORMS,
+    "norms only fp32": {**_NORMS, "precision": "fp32"},
+    "norms only checkpointed": {**_NORMS, **CHECKPOINTED},
+    "norms only, bloom": _NORMS,
+    "embeddings only": _TABLES,
+    "embeddings only, tied": _TABLES,
+    "embeddings only, gpt2": _TABLES,
+    "embeddings only checkpointed": {**_TABLES, **CHECKPOINTED},
+    "queries only": _QUERIES,
+    "queries only checkpointed": {**_QUERIES, **CHECKPOINTED},
+    "queries only autocast": {**_QUERIES, "autocast": "bf16"},
+    "mlp only, qwen3": _partial(modules=["mlp"]),
+}  # fmt: skip
+
+MODELS: Final[dict[str, str]] = {
+    "last layers, alternating": "gemma3",
+    "last layers, tied": "llama-tied",
+    "last layers, opt": "opt",
+    "head only, tied": "qwen2",
+    "bitfit": "gpt2",
+    "bitfit, opt": "opt",
+    "bitfit checkpointed": "qwen2",
+    "bitfit amp": "gpt_neox",
+    "bitfit, last layers": "bloom",
+    "norms only, gemma": "gemma",
+    "norms only, bloom": "bloom",
+    "embeddings only, tied": "starcoder2",
+    "embeddings only, gpt2": "gpt2",
+    "mlp only, qwen3": "qwen3",
+}
+
+FAST: Final = frozenset({"last layers", "bitfit"})
