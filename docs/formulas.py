@@ -29,7 +29,7 @@ from estimator.run import OptimizerChoice, Run
 from estimator.techniques.methods.lora import LoraAdapter
 from estimator.techniques.optimizers import OPTIMIZERS, Trained, states, temporaries
 from estimator.techniques.precision import PRECISIONS
-from estimator.techniques.quantization import FourBit
+from estimator.techniques.quantizations.four_bit import FourBit
 
 EXAMPLE: Final = "meta-llama/Llama-3.1-8B"
 BF16, FP32 = DType.BFLOAT16, DType.FLOAT32

@@ -12,6 +12,8 @@ class DType(Enum):
     BFLOAT16 = ("bfloat16", 2)
     FLOAT16 = ("float16", 2)
     INT64 = ("int64", 8)
+    INT32 = ("int32", 4)
+    INT8 = ("int8", 1)
     UINT8 = ("uint8", 1)
     BOOL = ("bool", 1)
 

@@ -61,7 +61,7 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--modules-to-save", "/method/modules_to_save", "Modules trained in full: lm_head."),
         Flag("--lora-bias", "/method/bias", "Which biases are trained."),
         Flag("--adapter-dtype", "/method/adapter_dtype", "Type of the adapters; PEFT: float32."),
-        Flag("--quantization", "/quantization/name", "4-bit type of the frozen base weights."),
+        Flag("--quantization", "/quantization/name", "How the frozen base weights are stored."),
         Flag("--double-quant", "/quantization/double_quant", "Quantize the scales as well."),
         Flag("--compute-dtype", "/quantization/compute_dtype", "Type of 4-bit multiplications."),
         Flag("--prepare-kbit", "/quantization/prepare_kbit", "PEFT's k-bit preparation step."),

@@ -21,8 +21,9 @@ from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.full import Full
 from estimator.techniques.methods.lora import Lora
 from estimator.techniques.methods.partial import Partial
-from estimator.techniques.quantization import Fp4, Nf4
 from estimator.techniques.quantization import Quantization as AnyQuantization
+from estimator.techniques.quantizations.four_bit import Fp4, Nf4
+from estimator.techniques.quantizations.int8 import Int8
 from estimator.techniques.software import PROFILES
 
 MAX_REQUEST_BYTES: Final = 1024 * 1024
@@ -39,7 +40,7 @@ class InlineModel(Section, frozen=True):
 Method = Full | Lora | Partial
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
-Quantization = Nf4 | Fp4
+Quantization = Nf4 | Fp4 | Int8
 QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
 
 

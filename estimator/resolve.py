@@ -143,8 +143,8 @@ def _refuse_contradictions(request: EstimateRequest) -> None:
         )
     if request.quantization is not None and request.precision not in ("bf16", "fp16", "fp32"):
         raise InvalidRequestError(
-            f"precision {request.precision!r} does not go with 4-bit weights; choose bf16, fp16 or "
-            "fp32, and autocast beside it"
+            f"precision {request.precision!r} does not go with packed weights; choose bf16, fp16 "
+            "or fp32, and autocast beside it"
         )
 
     if request.optimizer.in_backward and request.gradient_accumulation_steps > 1:

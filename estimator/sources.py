@@ -139,7 +139,7 @@ SOURCES: Final[dict[str, Source]] = {
     ),
     "bitsandbytes": Source(
         "code",
-        "bitsandbytes 0.50.2, 4-bit layers and 8-bit optimizers",
+        "bitsandbytes 0.50.2, 4-bit and 8-bit layers, 8-bit optimizers",
         "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes",
     ),
     "flash-attention": Source(
@@ -159,6 +159,11 @@ SOURCES: Final[dict[str, Source]] = {
         "paper",
         "8-bit optimizers via block-wise quantization",
         "https://arxiv.org/abs/2110.02861",
+    ),
+    "dettmers2022int8": Source(
+        "paper",
+        "LLM.int8(): 8-bit matrix multiplication for transformers at scale",
+        "https://arxiv.org/abs/2208.07339",
     ),
     "dettmers2023": Source(
         "paper", "QLoRA: efficient finetuning of quantized LLMs", "https://arxiv.org/abs/2305.14314"

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from estimator.units import round_up
+from profiler import quantized
 
 aten = torch.ops.aten
 
@@ -28,6 +29,7 @@ class Kernels:
 
     def __init__(self, host: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._host = host
+        self._packed: Final = quantized.kernels()
         self._table: Final[dict[Any, Callable[..., Any]]] = {
             aten._scaled_dot_product_flash_attention.default: self._flash,
             aten._scaled_dot_product_flash_attention_backward.default: self._flash_backward,
@@ -42,8 +44,8 @@ class Kernels:
 
     def get(self, func: Any) -> Callable[..., Any]:
         """Return what stands for an operator; the operator itself for most."""
-        kernel: Callable[..., Any] = self._table.get(func, func)
-        return kernel
+        kernel: Callable[..., Any] | None = self._table.get(func)
+        return kernel or self._packed.get(func.name(), func)
 
     def _flash(
         self, query: Any, key: Any, value: Any, dropout_p: float = 0.0, *_: Any, **__: Any

@@ -16,7 +16,7 @@ from estimator.errors import EstimatorError, InvalidRequestError, UnsupportedCom
 from estimator.pipeline import device_of
 from estimator.request import EstimateRequest
 from estimator.service import requested_gpu
-from profiler import optimizers, stack, workload
+from profiler import optimizers, quantized, stack, workload
 from profiler.cuda_semantics import cuda_semantics
 from profiler.eager_transformers import eager_transformers
 from profiler.engine import DryRun, Progress
@@ -111,7 +111,13 @@ def _traced(
     capability, multiprocessors = _gpu(request)
     constants = device_of(requested_gpu(request), request).constants
     layers = stack.layers_path(model)
-    with _without_collection(), FakeTensorMode(), cuda_semantics(capability), _refusals():
+    with (
+        _without_collection(),
+        FakeTensorMode(),
+        cuda_semantics(capability),
+        quantized.on_cuda(),
+        _refusals(),
+    ):
         job = workload.start(model, request, "cpu")
         meter = Meter(
             layers=layers,

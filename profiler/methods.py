@@ -14,7 +14,7 @@ from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.request import EstimateRequest
 from estimator.techniques.method import Method
 from estimator.techniques.methods.partial import Partial
-from profiler import stack
+from profiler import quantized, stack
 
 # Knobs that are arguments of `get_peft_model`, not of the configuration.
 _NOT_CONFIGURATION: Final = frozenset({"adapter_dtype"})
@@ -128,7 +128,7 @@ def _cast_adapters(model: Any) -> None:
     for layer in model.modules():
         if not isinstance(layer, layer_class):
             continue
-        dtype = layer.get_base_layer().weight.dtype
+        dtype = quantized.seen_dtype(layer.get_base_layer())
         if dtype.is_floating_point:
             for name in layer.adapter_layer_names:
                 getattr(layer, name).to(dtype)

@@ -25,8 +25,9 @@ def place(model: Any, device: str) -> None:
         return torch.nn.Parameter(data, requires_grad=meta.requires_grad)
 
     for module in model.modules():
-        if quantized.is_4bit(module):
-            quantized.pack(module, device)
+        packing = quantized.packing(module)
+        if packing is not None:
+            packing.pack(module, device)
         for name, meta in module._parameters.items():
             if meta is not None and meta.is_meta:
                 if id(meta) not in placed:

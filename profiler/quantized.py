@@ -1,143 +1,65 @@
-"""4-bit base weights as bitsandbytes stores them, and which of its kernels multiplies with them."""
+"""Quantized base weights made real: which library's layer holds them, by the request's name."""
 
 from __future__ import annotations
 
-from functools import cache
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any, Final
-from unittest import mock
 
-from estimator.request import Quantization
+from estimator.request import EstimateRequest
+from profiler.quantizations import bnb_4bit, bnb_8bit
 
-# bitsandbytes/functional.py, quantize_4bit: elements that share one scale, and scales that share
-# one scale of their own.
-BLOCK: Final = 64
-NESTED_BLOCK: Final = 256
-_CODES: Final = 16
-_NESTED_CODES: Final = 256
+FORMATS: Final[dict[str, ModuleType]] = {"nf4": bnb_4bit, "fp4": bnb_4bit, "int8": bnb_8bit}
+"""The module that builds each quantization: `with_linears`, `packs`, `pack` and `tensors`."""
+
+_MODULES: Final = tuple(dict.fromkeys(FORMATS.values()))
+
+Buffers = Iterable[tuple[str, int]]
 
 
-def with_4bit_linears(model: Any, quantization: Quantization, stored: str) -> Any:
-    """Replace the linear layers of a meta model, as `from_pretrained` with BitsAndBytesConfig does.
-
-    Args:
-        model: on the meta device.
-        quantization: of the request.
-        stored: dtype of the checkpoint, in which biases stay.
-    """
-    import torch
-    from transformers import BitsAndBytesConfig
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.name,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
-    )
-    kept = get_keys_to_not_convert(model)
-    model = replace_with_bnb_linear(model, kept, quantization_config=config)
-    for module in model.modules():
-        if is_4bit(module):
-            module.stored_dtype = getattr(torch, stored)
-            if module.bias is not None:
-                bias = module.bias.to(module.stored_dtype)
-                module.bias = torch.nn.Parameter(bias, requires_grad=False)
-    model.requires_grad_(False)
-    model.is_loaded_in_4bit = True
+def with_packed_linears(model: Any, request: EstimateRequest, stored: str) -> Any:
+    """Replace the linear layers of a meta model by those of the request's quantization."""
+    assert request.quantization is not None
+    model = FORMATS[request.quantization.name].with_linears(model, request.quantization, stored)
     model.is_quantized = True
     model.config._is_quantized = True
     return model
 
 
-def is_4bit(module: Any) -> bool:
-    """Whether a module is one of bitsandbytes' 4-bit linear layers."""
-    return any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__) and hasattr(
-        module, "quant_storage"
-    )
+def packing(module: Any) -> ModuleType | None:
+    """Return what packs a module's weight; None for a module with plain weights."""
+    return next((each for each in _MODULES if each.packs(module)), None)
 
 
-def pack(module: Any, device: str) -> None:
-    """Give a 4-bit layer its packed weight and its scales on a device; the values do not matter.
-
-    Shapes:
-        packed weight                    [n * k / 2, 1]      uint8
-        scales                           [n * k / 64]        fp32; uint8 when quantized again
-        code book                        [16]                fp32
-        with double quantization: scales of scales [n * k / 64 / 256] fp32, their code book [256]
-        fp32, and the mean of the scales, one fp32
-
-    Source: bitsandbytes/functional.py, quantize_4bit and quantize_blockwise.
-    """
-    import torch
-    from bitsandbytes.functional import QuantState
-
-    weight = module.weight
-    blocks = -(-weight.numel() // BLOCK)
-    state: dict[str, Any] = {
-        "shape": weight.shape,
-        "code": torch.ones(_CODES, device=device),
-        "blocksize": BLOCK,
-        "quant_type": weight.quant_type,
-        "dtype": module.stored_dtype,
-    }
-    if weight.compress_statistics:
-        state["absmax"] = torch.zeros(blocks, dtype=torch.uint8, device=device)
-        state["offset"] = torch.zeros((), device=device)
-        state["state2"] = QuantState(
-            absmax=torch.ones(-(-blocks // NESTED_BLOCK), device=device),
-            code=torch.ones(_NESTED_CODES, device=device),
-            blocksize=NESTED_BLOCK,
-            dtype=torch.float32,
-        )
-    else:
-        state["absmax"] = torch.ones(blocks, device=device)
-    packed = torch.zeros(((weight.numel() + 1) // 2, 1), dtype=torch.uint8, device=device)
-    # A plain parameter: the subclass of bitsandbytes would try to quantize it on the device.
-    module.weight = torch.nn.Parameter(packed, requires_grad=False)
-    module.weight.quant_state = QuantState(**state)
-    module.quant_state = module.weight.quant_state
+def seen_dtype(module: Any) -> Any:
+    """Return the type that a layer's weight has once it is packed, which PEFT looks at."""
+    format_of = packing(module)
+    return module.weight.dtype if format_of is None else format_of.seen_dtype(module)
 
 
 def tensors(module: Any) -> dict[str, Any]:
-    """Return what a packed layer keeps beside its weight, by name."""
-    state = module.weight.quant_state
-    kept = {"absmax": state.absmax, "code": state.code}
-    if state.nested:
-        kept |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
-        kept["nested_code"] = state.state2.code
+    """Return what a packed layer keeps beside its parameters, by name; of others, nothing."""
+    format_of = packing(module)
+    kept: dict[str, Any] = format_of.tensors(module) if format_of is not None else {}
     return kept
 
 
-@cache
-def is_fused(
-    compute_capability: tuple[int, int],
-    multiprocessors: int,
-    dtype: Any,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-) -> bool:
-    """Whether bitsandbytes multiplies with the packed weight and never unpacks the whole of it.
+@contextlib.contextmanager
+def on_cuda() -> Iterator[None]:
+    """Let the libraries take the branches that they take on a GPU."""
+    with bnb_8bit.on_cuda():
+        yield
 
-    Asks bitsandbytes' own heuristic, in a module that a build of torch without CUDA cannot import
-    as it stands.
 
-    Source: bitsandbytes/backends/cuda/ops.py, `gemm_4bit` and `_gemm_4bit_use_custom_cuda`.
-    """
-    import torch
+def kernels() -> dict[str, Callable[..., Any]]:
+    """Return what stands for operators of these libraries, by the operator's name."""
+    return bnb_8bit.kernels()
 
-    with mock.patch.object(
-        torch._C,
-        "_cuda_getCurrentRawStream",
-        getattr(torch._C, "_cuda_getCurrentRawStream", None),
-        create=True,
-    ):
-        from bitsandbytes.backends.cuda import ops
 
-    if tokens > ops._gemm_4bit_custom_max_m or in_features % BLOCK:
-        return False
-    device = (multiprocessors, *compute_capability)
-    with mock.patch.object(ops, "_gpu_dispatch_props", return_value=device):
-        heuristic = ops._gemm_4bit_use_custom_cuda.__wrapped__
-        return bool(heuristic(0, dtype, tokens, out_features, in_features))
+WORKSPACES: Final[dict[str, Callable[[tuple[Any, ...], Any], Buffers]]] = {
+    bnb_8bit.QUANTIZE: bnb_8bit.quantization_buffers,
+    bnb_8bit.MULTIPLY: bnb_8bit.product_buffers,
+    bnb_8bit.MULTIPLY_MIXED: bnb_8bit.product_buffers,
+}
+"""What the kernels take inside themselves, by the operator's name."""

@@ -157,9 +157,8 @@ def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
     for path, parameter in job.model.named_parameters():
         yield parameter, path, "parameter", "weights"
     for path, module in job.model.named_modules():
-        if quantized.is_4bit(module):
-            for name, tensor in quantized.tensors(module).items():
-                yield tensor, f"{path}.weight.{name}", "quantization state", "weights"
+        for name, tensor in quantized.tensors(module).items():
+            yield tensor, f"{path}.{name}", "quantization state", "weights"
     for path, buffer in job.model.named_buffers():
         yield buffer, path, "buffer", "buffers"
     paths = {id(parameter): path for path, parameter in job.model.named_parameters()}
@@ -313,11 +312,11 @@ def bare_model(request: EstimateRequest, config: Any) -> Any:
 
 
 def _quantized(model: Any, request: EstimateRequest) -> Any:
-    """Replace the linear layers by bitsandbytes' 4-bit ones, as `from_pretrained` does."""
+    """Replace the linear layers by packed ones, as `from_pretrained` does."""
     peft = _import("peft")
     _import("bitsandbytes")
     assert request.quantization is not None
-    model = quantized.with_4bit_linears(model, request.quantization, _STORED[request.precision])
+    model = quantized.with_packed_linears(model, request, _STORED[request.precision])
     if request.quantization.prepare_kbit:
         return peft.prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=request.activation_checkpointing == "full"

@@ -13,6 +13,7 @@ import torch
 
 from estimator.units import round_up
 from profiler import quantized
+from profiler.quantizations import bnb_4bit
 
 aten = torch.ops.aten
 
@@ -57,6 +58,8 @@ class Workspaces:
             return _TABLE[func](args, out)
         if func.name() == "bitsandbytes::gemm_4bit":
             return self._gemm_4bit(args)
+        if func.name() in quantized.WORKSPACES:
+            return quantized.WORKSPACES[func.name()](args, out)
         return ()
 
     def is_matmul(self, func: Any) -> bool:
@@ -74,7 +77,7 @@ class Workspaces:
         """
         tensor, (out_features, in_features) = args[0], args[2]
         tokens = tensor.numel() // in_features
-        if quantized.is_fused(*self._device, tensor.dtype, tokens, out_features, in_features):
+        if bnb_4bit.is_fused(*self._device, tensor.dtype, tokens, out_features, in_features):
             return
         blocks = -(-out_features * in_features // args[4])
         if len(args) > 7 and args[7] is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -66,8 +66,28 @@ class Adapter(Protocol):
         ...
 
 
+class Wrapper(Struct, frozen=True):
+    """How PEFT's LoRA layer for a format treats what its base returns.
+
+    Args:
+        clones: the base's output is copied first.
+        converts: what is cast back to the type of the base's output. `sum always` casts input and
+            sum under autocast too; the others cast only outside autocast.
+    """
+
+    clones: bool = False
+    converts: Literal["sum always", "sum", "update", "unscaled update"] = "sum always"
+
+
 class WeightFormat(Protocol):
     """How a linear layer stores its weight other than as a plain tensor."""
+
+    wrapper: ClassVar[Wrapper]
+
+    @property
+    def adapter_dtype(self) -> DType | None:
+        """The type that PEFT takes the stored weight to have; None if it is no floating one."""
+        ...
 
     def weights(self, linear: Linear) -> tuple[Weight, ...]:
         """Return the stored tensors."""

@@ -8,11 +8,12 @@ from msgspec.structs import replace
 
 from estimator.dtypes import DType
 from estimator.eager.tensor import Node, Tensor
+from estimator.errors import UnsupportedCombinationError
 from estimator.model.forward import Forward
 from estimator.model.spec import Linear, Module
 from estimator.run import Run
 from estimator.sources import Cite
-from estimator.techniques.quantization import FourBit
+from estimator.techniques.quantizations.four_bit import FourBit
 
 _MATMUL = Cite("bitsandbytes-2023", "autograd/_functions.py, MatMul4Bit")
 
@@ -57,16 +58,24 @@ class OldFourBit(FourBit, frozen=True):
 def litgpt_formats(run: Run) -> Run:
     """Return the run with litgpt's 4-bit layers where the request asks for 4 bits.
 
+    Raises:
+        UnsupportedCombinationError: another format than 4 bits.
+
     Source: lightning, fabric/plugins/precision/bitsandbytes.py, _convert_layers.
     """
-    packed = [
+    formats = [
         each.format
         for each, _ in run.spec.module_counts()
-        if isinstance(each, Linear) and isinstance(each.format, FourBit)
+        if isinstance(each, Linear) and each.format is not None
     ]
-    if not packed:
+    if not formats:
         return run
-    old = OldFourBit(packed[0].double_quant, packed[0].stored, packed[0].compute)
+    packed = formats[0]
+    if not isinstance(packed, FourBit):
+        raise UnsupportedCombinationError(
+            "litgpt with a quantization other than nf4 or fp4 has no source here yet"
+        )
+    old = OldFourBit(packed.double_quant, packed.stored, packed.compute)
 
     def convert(module: Module) -> Module:
         return replace(module, format=old) if isinstance(module, Linear) else module

@@ -21,6 +21,7 @@ FROZEN_FLAGS = """
 --method --lora-r --lora-alpha --lora-dropout --target-modules --modules-to-save --lora-bias
 --adapter-dtype --quantization --double-quant --compute-dtype --prepare-kbit
 --method-last-layers --method-modules --method-norms --method-biases --method-embeddings
+--quantization-skip-modules --quantization-quant-storage --quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
@@ -12,11 +12,13 @@ from estimator.eager import ops
 from estimator.eager.size import dim
 from estimator.eager.tensor import Tensor
 from estimator.model.forward import Forward
-from estimator.model.spec import Linear, Weight
+from estimator.model.spec import Linear, Weight, Wrapper
 from estimator.run import Run
 from estimator.section import Names
 from estimator.sources import Cite
 from estimator.techniques.method import Method, adapted
+
+_PLAIN: Final = Wrapper()
 
 
 class LoraAdapter(Struct, frozen=True):
@@ -47,9 +49,11 @@ class LoraAdapter(Struct, frozen=True):
         )
 
     def _stored(self, linear: Linear) -> DType:
-        """Return the type of A and B; beside packed weights they stay in fp32, as created."""
-        if self.dtype is not None or linear.format is not None:
-            return self.dtype or DType.FLOAT32
+        """Return the type of A and B; beside packed integers they stay in fp32, as created."""
+        if self.dtype is not None:
+            return self.dtype
+        if linear.format is not None:
+            return linear.format.adapter_dtype or DType.FLOAT32
         return linear.dtype
 
     def forward(self, run: Forward, linear: Linear, x: Tensor) -> Tensor:
@@ -57,20 +61,24 @@ class LoraAdapter(Struct, frozen=True):
 
         Every adapted layer casts its input to the type of A on its own.
 
-        Source: peft, tuners/lora/layer.py, Linear.forward; tuners/lora/bnb.py, Linear4bit.forward.
+        Source: peft, tuners/lora/layer.py, Linear.forward; tuners/lora/bnb.py, Linear4bit.forward
+        and Linear8bitLt.forward.
         """
         result = run.base_linear(x, linear)
         out_dtype = result.dtype
-        packed = linear.format is not None
-        if packed:
+        wrapper = linear.format.wrapper if linear.format is not None else _PLAIN
+        if wrapper.clones:
             result = ops.copy(result, name="clone of the base output")
         autocasting = run.tape.autocast is not None and run.tape.autocast_enabled
-        if not (packed and autocasting):
+        converts = "" if autocasting and wrapper.converts != "sum always" else wrapper.converts
+        if converts:
             x = ops.cast(x, self.weights(linear)[0].dtype, "input cast for the adapter")
-        result = ops.add(result, self._update(run, linear, x, out_dtype if packed else None))
-        return ops.cast(result, out_dtype, "sum cast back")
+        result = ops.add(result, self._update(run, linear, x, out_dtype, converts))
+        return ops.cast(result, out_dtype, "sum cast back") if "sum" in converts else result
 
-    def _update(self, run: Forward, linear: Linear, x: Tensor, out_dtype: DType | None) -> Tensor:
+    def _update(
+        self, run: Forward, linear: Linear, x: Tensor, out_dtype: DType, converts: str
+    ) -> Tensor:
         down, up = self.weights(linear)
         with run.tape.module("lora_A"):
             hidden = ops.linear(
@@ -78,8 +86,10 @@ class LoraAdapter(Struct, frozen=True):
             )
         with run.tape.module("lora_B"):
             update = ops.linear(hidden, run.param(linear.name, up), None, linear.fan_out)
+        if converts == "unscaled update":
+            update = ops.cast(update, out_dtype)
         update = ops.scale(update, "scaled update")
-        return update if out_dtype is None else ops.cast(update, out_dtype)
+        return ops.cast(update, out_dtype) if converts == "update" else update
 
 
 class Lora(Method, frozen=True, tag="lora"):

@@ -1,0 +1,1 @@
+"""How frozen base weights are stored: one file for each format."""

@@ -1,0 +1,65 @@
+"""How frozen weights are stored and multiplied: widths, formats, and what they combine with."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+Document = dict[str, Any]
+
+LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.05}}
+CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
+INT8: Final[Document] = {**LORA, "quantization": {"name": "int8"}, "autocast": "bf16"}
+
+
+def _qlora(**quantization: Any) -> Document:
+    """Return QLoRA under autocast with some settings of its quantization."""
+    return {**LORA, "quantization": {"name": "nf4", **quantization}, "autocast": "bf16"}
+
+
+RECIPES: Final[dict[str, Document]] = {
+    "int8": INT8,
+    "int8 checkpointed": {**INT8, **CHECKPOINTED},
+    "int8 without autocast": {**INT8, "autocast": None},
+    "int8 without k-bit preparation": {
+        **INT8, "quantization": {"name": "int8", "prepare_kbit": False},
+    },
+    "int8 without either": {
+        **INT8, "autocast": None, "quantization": {"name": "int8", "prepare_kbit": False},
+    },
+    "int8 fp16": {
+        **INT8, "precision": "fp16", "autocast": "fp16",
+        "quantization": {"name": "int8", "prepare_kbit": False},
+    },
+    "int8 without outlier search": {**INT8, "quantization": {"name": "int8", "threshold": 0.0}},
+    "int8 accumulation": {**INT8, "gradient_accumulation_steps": 4},
+    "int8 gpt2": {**INT8, **CHECKPOINTED},
+    "int8 opt eager": {**INT8, "attention": "eager"},
+    "int8 gemma2 padded": {**INT8, "padding": True},
+    "qlora bf16 storage": _qlora(quant_storage="bfloat16"),
+    "qlora fp32 storage checkpointed": {**_qlora(quant_storage="float32"), **CHECKPOINTED},
+    "qlora fp16 storage, adapters in its type": {
+        **_qlora(quant_storage="float16"), **CHECKPOINTED,
+        "method": {"name": "lora", "r": 12, "adapter_dtype": "base"},
+    },
+    "qlora fp32 compute": _qlora(compute_dtype="float32"),
+    "qlora fp32 compute checkpointed": {**_qlora(compute_dtype="float32"), **CHECKPOINTED},
+    "qlora fp32 compute unprepared": {
+        **_qlora(compute_dtype="float32", prepare_kbit=False), "autocast": None,
+    },
+    "qlora fp16 compute gpt2": _qlora(compute_dtype="float16"),
+    "qlora skipped modules": _qlora(skip_modules=["lm_head", "down_proj", "o_proj"]),
+    "qlora skipped modules checkpointed": {
+        **_qlora(skip_modules=["lm_head", "gate_proj"]), **CHECKPOINTED,
+    },
+    "int8 skipped modules": {
+        **INT8, "quantization": {"name": "int8", "skip_modules": ["lm_head", "q_proj"]},
+    },
+}  # fmt: skip
+
+MODELS: Final[dict[str, str]] = {
+    "int8 gpt2": "gpt2",
+    "int8 opt eager": "opt",
+    "int8 gemma2 padded": "gemma2",
+    "qlora fp16 compute gpt2": "gpt2",
+}
+FAST: Final = frozenset({"int8", "qlora fp32 compute"})
