@@ -19,6 +19,7 @@ from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.full import Full
+from estimator.techniques.methods.llama_adapter import LlamaAdapter, LlamaAdapterV2
 from estimator.techniques.methods.lora import Lora
 from estimator.techniques.methods.partial import Partial
 from estimator.techniques.quantization import Quantization as AnyQuantization
@@ -37,7 +38,7 @@ class InlineModel(Section, frozen=True):
     config: dict[str, Any]
 
 
-Method = Full | Lora | Partial
+Method = Full | Lora | Partial | LlamaAdapter | LlamaAdapterV2
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
 Quantization = Nf4 | Fp4 | Int8

@@ -127,6 +127,16 @@ SOURCES: Final[dict[str, Source]] = {
         "bitsandbytes 0.41.1, 4-bit layers as they were in 2023",
         "https://github.com/bitsandbytes-foundation/bitsandbytes/tree/0.41.1",
     ),
+    "zhang2023adapter": Source(
+        "paper",
+        "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention",
+        "https://arxiv.org/abs/2303.16199",
+    ),
+    "gao2023adapter": Source(
+        "paper",
+        "LLaMA-Adapter V2: Parameter-Efficient Visual Instruction Model",
+        "https://arxiv.org/abs/2304.15010",
+    ),
     "litgpt": Source(
         "code",
         "Lit-GPT of October 2023, its model and its fine-tuning scripts",

@@ -60,7 +60,7 @@ def _sharding(row: Row) -> str | None:
 
 
 def _method(row: Row) -> str | None:
-    known = ("full", "lora", "qlora")
+    known = ("full", "lora", "qlora", "adapter", "adapter_v2")
     return f"method: {row.method}" if row.method not in known else None
 
 
@@ -232,14 +232,30 @@ def _litgpt(row: Row) -> dict[str, Any]:
     """
     if row.precision != "bf16_pure":
         raise InexpressibleError("precision: Lightning's bf16-mixed")
+    detail = row.method_detail
     optimizer: dict[str, Any] = {"name": "adamw", "implementation": "foreach"}
     quantization = None
-    if row.method == "qlora":
+    if "quant" in detail:
         optimizer = {"name": "paged_adamw_32bit"}
         if "paged_adamw_32bit" not in OPTIMIZERS:
             raise InexpressibleError("optimizer: bitsandbytes' paged AdamW in 32 bits")
-        quantization = {"name": "nf4", "double_quant": "dq" in row.method_detail["quant"]}
+        quantization = {"name": "nf4", "double_quant": "dq" in detail["quant"]}
         quantization["prepare_kbit"] = False
+    method: dict[str, Any]
+    if row.method.startswith("adapter"):
+        method = {
+            "name": f"llama_{row.method}",
+            "adapter_prompt_length": detail["adapter_prompt_length"],
+            "adapter_start_layer": detail["adapter_start_layer"],
+        }
+    else:
+        method = {
+            "name": "lora",
+            "r": detail["rank"],
+            "lora_dropout": detail["dropout"],
+            "target_modules": ["attn"],
+            "adapter_dtype": "base",
+        }
     return {
         "model": row.model,
         "precision": "bf16",
@@ -247,13 +263,7 @@ def _litgpt(row: Row) -> dict[str, Any]:
         "quantization": quantization,
         "micro_batch_size": row.micro_batch_size,
         "seq_len": row.seq_len,
-        "method": {
-            "name": "lora",
-            "r": row.method_detail["rank"],
-            "lora_dropout": row.method_detail["dropout"],
-            "target_modules": ["attn"],
-            "adapter_dtype": "base",
-        },
+        "method": method,
         "hardware": {"gpu": LITGPT_GPUS[row.gpu]} if row.gpu in LITGPT_GPUS else {},
         "software": {"framework": "litgpt", "version": "2023.10"},
     }

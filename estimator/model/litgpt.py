@@ -13,20 +13,33 @@ from typing import Any, Final
 from estimator.dtypes import DType
 from estimator.eager import attention, ops
 from estimator.eager.size import BATCH, SEQ, Dim, dim
-from estimator.eager.tensor import Node, Tape, Tensor, view
+from estimator.eager.tensor import Edge, Node, Tape, Tensor, view
 from estimator.errors import UnsupportedModelError
 from estimator.model.config import Config
 from estimator.model.forward import Forward, activate, rotate_half
-from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Norm, Weight
+from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Module, Norm, Weight
 from estimator.sources import Cite
 from estimator.units import round_up
 
 QKV: Final = "attn.attn"
+PROMPT: Final = "attn.adapter_wte"
+GATE: Final = "attn.gating_factor"
 CHUNK: Final = dim("128", 128)
 _OUTPUT: Final = Cite("lightning", "fabric/plugins/precision/half.py, convert_output")
+_PROMPT: Final = Cite("litgpt", "lit_gpt/adapter.py, CausalSelfAttention")
 _LOSS: Final = Cite("litgpt", "lit_gpt/utils.py, chunked_cross_entropy")
 _LORA: Final = Cite("litgpt", "lit_gpt/lora.py, LoRAQKVLinear.forward")
+Grads = list["Tensor | None"]
 _MULTIPLE: Final = {"gpt_neox": 512, "llama": 64}
+
+
+class Gate(Module, frozen=True, eq=False, kw_only=True):
+    """The learned weight of each head's attention over the prompt."""
+
+    heads: Dim
+
+    def weights(self) -> tuple[Weight, ...]:
+        return (Weight("weight", (self.heads,), self.dtype, self.trainable),)
 
 
 class Gpt:
@@ -71,9 +84,41 @@ class Gpt:
         q = ops.cat_last((q_roped, _rest(kind, q)), heads.width)
         k = ops.cat_last((k_roped, _rest(kind, k)), heads.width)
         y = attention.flash(q, k, v, heads)
+        if run.has(PROMPT):
+            y = ops.add(y, self._prompt(run, kind, q), "sum with attention over the prompt")
         # The kernel's output lies head by head, as its query does, so this reshape is a copy.
         y = ops.copy(y, (BATCH, SEQ, kind.facts["H·d"]), "output by token")
         return run.linear(y, "attn.proj")
+
+    def _prompt(self, run: Forward, kind: LayerKind, q: Tensor) -> Tensor:
+        """Attend to the learned prompt behind a mask of ones, and weigh what comes back.
+
+        Shapes:
+            prompt, its q, k and v  [prompt, h], [prompt, 3·h]
+            mask                    [s, prompt]  1 byte, and once more in the query's type
+            output                  [b, s, h]    saved, for the weight's gradient too
+
+        Source: litgpt, lit_gpt/adapter.py, CausalSelfAttention.scaled_dot_product_attention.
+        """
+        prompt = run.modules[PROMPT]
+        assert isinstance(prompt, Embedding)
+        tape, heads = run.tape, kind.heads
+        weight = run.param(PROMPT, prompt.weights()[0])
+        held = Tensor(tape, weight.shape, weight.dtype, None, Edge(weight))
+        qkv = run.base_linear(held, _linear(run, QKV))
+        head = (heads.query, prompt.rows, heads.width)
+        _, k, v = (view(each, head) for each in ops.split_last(qkv, (kind.facts["H·d"],) * 3))
+        tape.new("mask of the prompt", (SEQ, prompt.rows), DType.BOOL, _PROMPT)
+        mask = tape.new("mask of the prompt", (SEQ, prompt.rows), q.dtype, _PROMPT)
+        out = tape.new("attention over the prompt", q.shape, q.dtype, _PROMPT)
+        lse = tape.new("log-sum-exp", (BATCH, heads.query, SEQ), DType.FLOAT32, _PROMPT)
+
+        def rule(node: Node, grads: Grads, saved: list[Any]) -> tuple[Tensor | None, ...]:
+            return tuple(node.new_grad(each) if node.wants(each) else None for each in range(3))
+
+        tape.record("attention over the prompt", (q, k, v), (q, k, v, mask, out, lse), rule, out)
+        gate = run.param(GATE, run.modules[GATE].weights()[0])
+        return ops.mul(gate, out, "weighed attention over the prompt")
 
     def mlp(self, run: Forward, kind: LayerKind, x: Tensor) -> Tensor:
         """Run the gated or the plain MLP.
@@ -101,22 +146,22 @@ class Gpt:
         """
         logits = run.linear(hidden, "lm_head")
         chunk = view(logits, (BATCH, CHUNK, run.spec.vocab))
-        out = chunks(run.tape, "logits in fp32", run.spec.vocab, _OUTPUT)
+        out = chunks(run.tape, "logits in fp32", run.spec.vocab, DType.FLOAT32, _OUTPUT)
 
-        def rule(node: Node, grads: list[Tensor | None], saved: list[Any]) -> tuple[Tensor | None]:
+        def rule(node: Node, grads: Grads, saved: list[Any]) -> tuple[Tensor | None]:
             return (beside(node.new_grad(0), grads[0]),)
 
         run.tape.record("logits in fp32", (chunk,), (), rule, out)
         return out
 
 
-def chunks(tape: Tape, name: str, vocab: Dim, source: Cite) -> Tensor:
+def chunks(tape: Tape, name: str, vocab: Dim, dtype: DType, source: Cite) -> Tensor:
     """Return a tensor with the memory of all chunks of a sequence and the shape of one.
 
     The list of chunks lives as a whole, and the gradients flow back chunk by chunk.
     """
-    whole = tape.new(name, (BATCH, SEQ, vocab), DType.FLOAT32, source)
-    return Tensor(tape, (BATCH, CHUNK, vocab), DType.FLOAT32, whole.storage)
+    whole = tape.new(name, (BATCH, SEQ, vocab), dtype, source)
+    return Tensor(tape, (BATCH, CHUNK, vocab), dtype, whole.storage)
 
 
 def beside(grad: Tensor, other: Tensor | None) -> Tensor:
@@ -142,13 +187,19 @@ class ChunkedLoss:
             gradients    [b, 128, V]  4 bytes, two at a time
         """
         tape = logits.tape
-        log_probs = chunks(tape, "log_softmax", vocab, _LOSS)
+        log_probs = chunks(tape, "log_softmax", vocab, DType.FLOAT32, _LOSS)
 
-        def rule(node: Node, grads: list[Tensor | None], saved: list[Any]) -> tuple[Tensor | None]:
+        def rule(node: Node, grads: Grads, saved: list[Any]) -> tuple[Tensor | None]:
             return (beside(node.new_grad(0), saved[0]),)
 
         tape.record("log_softmax", (logits,), (log_probs,), rule, log_probs)
         return ops.nll_loss(log_probs, labels)
+
+
+def _linear(run: Forward, name: str) -> Linear:
+    module = run.modules[name]
+    assert isinstance(module, Linear)
+    return module
 
 
 def rms_norm(run: Forward, x: Tensor, name: str) -> Tensor:
@@ -175,12 +226,12 @@ def fused_qkv(run: Forward, x: Tensor) -> Tensor:
 
     Source: litgpt, lit_gpt/lora.py, LoRAQKVLinear.forward and zero_pad.
     """
-    module = run.modules[QKV]
-    assert isinstance(module, Linear)
-    if module.adapter is None:
+    module = _linear(run, QKV)
+    adapter: Any = module.adapter
+    if not hasattr(adapter, "r"):
         return run.linear(x, QKV)
-    rank, dropout = module.adapter.r, module.adapter.dropout  # type: ignore[attr-defined]
-    down, up = module.adapter.weights(module)
+    rank, dropout = adapter.r, adapter.dropout
+    down, up = adapter.weights(module)
     tape, wide = run.tape, dim("2·h", 2 * module.fan_in.value)
     with tape.module(QKV):
         pretrained = run.base_linear(x, module)
@@ -199,7 +250,7 @@ def _padded(x: Tensor, width: Dim) -> Tensor:
     columns = tape.new("columns", (x.shape[-1],), DType.INT64, _LORA)
     out = tape.new("update among zeros", zeros.shape, x.dtype, _LORA)
 
-    def rule(node: Node, grads: list[Tensor | None], saved: list[Any]) -> tuple[Tensor | None]:
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> tuple[Tensor | None]:
         return (node.new_grad(0, source=_LORA),)
 
     tape.record("index_copy", (source,), (source, columns), rule, out)
