@@ -36,7 +36,8 @@ AREAS: Final[dict[str, str]] = {
     "quantization": "Quantization and precision",
     "optimizers": "Optimizers and their step",
     "execution": "Checkpointing, attention, packing, compilation",
-    "loss": "Losses, kernels, software",
+    "loss": "Losses and kernels",
+    "software": "Frameworks with model code of their own",
 }
 
 INTRODUCTION: Final = """\
