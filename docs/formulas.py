@@ -33,7 +33,7 @@ from estimator.techniques.quantizations.four_bit import FourBit
 
 EXAMPLE: Final = "meta-llama/Llama-3.1-8B"
 BF16, FP32 = DType.BFLOAT16, DType.FLOAT32
-_PER_TOKEN: Final = MONOMIALS.index((1, 1))
+_PER_TOKEN: Final = MONOMIALS.index((1, 1, 0))
 
 INTRODUCTION: Final = """\
 # Formulas
@@ -503,7 +503,7 @@ class Layer:
         total: Counter[int] = Counter()
         for kind, count in self.kinds:
             coefficient, index = kind.size
-            batch, length = MONOMIALS[index]
+            batch, length, _ = MONOMIALS[index]
             if batch:
                 total[length - 1] += coefficient * count
         return dict(total)
@@ -666,7 +666,7 @@ def _family(family: str, model_id: str, layer: Layer, run: Run) -> str:
 
 
 def _per_token(size: int, index: int) -> str:
-    batch, length = MONOMIALS[index]
+    batch, length, _ = MONOMIALS[index]
     shown = thin(size)
     if not batch:
         return f"{shown} once" if not length else f"{shown}{' s' * length} once"

@@ -30,11 +30,11 @@ class View(Struct, frozen=True):
 
     Args:
         at: powers of the micro-batch and length.
-        numbers: the micro-batch and the length themselves.
+        numbers: the micro-batch, the length and the second length themselves.
     """
 
     at: Polynomial
-    numbers: tuple[int, int]
+    numbers: tuple[int, int, int]
     constants: DeviceConstants
 
     def allocated(self, highest: Highest) -> int:
@@ -123,7 +123,7 @@ def _merged(ledger: Ledger) -> list[Entry]:
     return [Entry(row, count) for row, count in counts.items() if count]
 
 
-def _with_numbers(formula: str, count: int, b: int, s: int) -> str:
+def _with_numbers(formula: str, count: int, b: int, s: int, t: int = 0) -> str:
     """Put the request's numbers into a row's formula.
 
     Example:
@@ -131,7 +131,7 @@ def _with_numbers(formula: str, count: int, b: int, s: int) -> str:
         '32 x [b=4, s=2048, h=4096] x 2 B'
     """
     filled = formula
-    for letter, value in (("b", b), ("s", s)):
+    for letter, value in (("b", b), ("s", s), ("t", t)):
         for before, after in (("[", ","), ("[", "]"), (" ", ","), (" ", "]")):
             filled = filled.replace(f"{before}{letter}{after}", f"{before}{letter}={value}{after}")
     return f"{count} x {filled}" if count != 1 else filled

@@ -27,7 +27,7 @@ from estimator.memory.replay import Blocks, blocks
 from estimator.memory.standing import managed_bytes
 from estimator.memory.timeline import Moment, Step, compile_step
 from estimator.memory.trace import Trace, trace
-from estimator.model.spec import Linear
+from estimator.model.spec import Embedding, Linear
 from estimator.request import EstimateRequest
 from estimator.resolve import check_length, resolve
 from estimator.result import Capacity, Limits, Parameters, Peak, Range, Result, Verdict
@@ -80,7 +80,10 @@ class Engine:
             or (run.autocast is None and not run.spec.embeddings[0].dtype.is_half)
         )
         self.trains_embeddings = any(
-            weight.trainable for module in run.spec.embeddings for weight in module.weights()
+            weight.trainable
+            for module in run.spec.embeddings
+            if isinstance(module, Embedding)
+            for weight in module.weights()
         )
         self.packs_weights = any(
             isinstance(module, Linear) and module.format is not None
@@ -104,17 +107,19 @@ class Engine:
 
     def _regime(self, micro_batch_size: int, seq_len: int) -> Regime:
         """Return the switches; one that this run has no use for stays where it is."""
+        seq_len, second = self.run.lengths(seq_len)
         tokens = micro_batch_size * seq_len
+        looked_up = tokens if self.trains_embeddings else micro_batch_size * self.run.prefix_tokens
         return Regime(
-            sorts_embedding_gradient=self.trains_embeddings and tokens > SORTED_EMBEDDING_TOKENS,
+            sorts_embedding_gradient=looked_up > SORTED_EMBEDDING_TOKENS,
             dequantizes=self.packs_weights and tokens > FUSED_4BIT_TOKENS,
-            exceeds_window=any(seq_len >= window for window in self.windows),
+            exceeds_window=any(max(seq_len, second) >= window for window in self.windows),
             several_rows=micro_batch_size > 1 or not self.multiplies_scores,
         )
 
     def read(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Reading:
         """Return the peak at one micro-batch and length on one kind of device."""
-        at = powers(micro_batch_size, seq_len)
+        at = powers(micro_batch_size, *self.run.lengths(seq_len))
         top = self.step(micro_batch_size, seq_len).top(at)
         return Reading(top, rounded_bytes(top, at) + HANDLES * constants.cublas_workspace)
 
@@ -130,7 +135,7 @@ class Engine:
         key = (micro_batch_size, seq_len, workspace, capacity)
         if self._replayed is None or self._replayed[0] != key:
             regime = self._regime(micro_batch_size, seq_len)
-            at = powers(micro_batch_size, seq_len)
+            at = powers(micro_batch_size, *self.run.lengths(seq_len))
             found = blocks(self.run, regime, at, workspace, capacity)
             self._replayed = (key, found)
         return self._replayed[1]
@@ -188,7 +193,7 @@ def engine_for(request: EstimateRequest, config: Mapping[str, Any], name: str) -
     recipe = tuple(getattr(request, field) for field in _RECIPE)
     key = (name, id(config), recipe, request.optimizer)
     engine = _engine(_Asked(request, config, name, key))
-    check_length(engine.run.spec, request.seq_len)
+    check_length(engine.run, request.seq_len)
     return engine
 
 
@@ -240,13 +245,14 @@ def answer(
     engine = engine_for(request, config, name)
     device = device_of(gpu, request)
     b, s = request.micro_batch_size, request.seq_len
+    at = powers(b, *engine.run.lengths(s))
     needed = needed_range(engine.read(b, s, device.constants).allocated, device.constants)
     replayed = engine.blocks(b, s, device)
     highest = tuple(
         Highest(moment, replayed.rounding.get(moment.name, 0))
-        for moment in engine.step(b, s).highest(powers(b, s))
+        for moment in engine.step(b, s).highest(at)
     )
-    view = View(powers(b, s), (b, s), device.constants)
+    view = View(at, (b, *engine.run.lengths(s)), device.constants)
     peak = max(highest, key=view.allocated)
     allocated = allocated_range(view.allocated(peak))
     reserved = reserved_range(max(replayed.reserved, allocated.expected))

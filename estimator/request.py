@@ -21,7 +21,10 @@ from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.full import Full
 from estimator.techniques.methods.llama_adapter import LlamaAdapter, LlamaAdapterV2
 from estimator.techniques.methods.lora import Lora
+from estimator.techniques.methods.p_tuning import PTuning
 from estimator.techniques.methods.partial import Partial
+from estimator.techniques.methods.prefix_tuning import PrefixTuning
+from estimator.techniques.methods.prompt_tuning import PromptTuning
 from estimator.techniques.quantization import Quantization as AnyQuantization
 from estimator.techniques.quantizations.four_bit import Fp4, Nf4
 from estimator.techniques.quantizations.int8 import Int8
@@ -38,7 +41,7 @@ class InlineModel(Section, frozen=True):
     config: dict[str, Any]
 
 
-Method = Full | Lora | Partial | LlamaAdapter | LlamaAdapterV2
+Method = Full | Lora | Partial | LlamaAdapter | LlamaAdapterV2 | PromptTuning | PTuning | PrefixTuning
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
 Quantization = Nf4 | Fp4 | Int8

@@ -11,7 +11,6 @@ from msgspec import structs
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.families import read_spec
 from estimator.model.forward import Settings
-from estimator.model.spec import ModelSpec
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest, Parallelism
 from estimator.run import OptimizerChoice, Run
@@ -154,14 +153,16 @@ def _refuse_contradictions(request: EstimateRequest) -> None:
         )
 
 
-def check_length(spec: ModelSpec, seq_len: int) -> None:
+def check_length(run: Run, seq_len: int) -> None:
     """Refuse a length that the model's table of positions does not reach.
 
     Raises:
         InvalidRequestError: the table is shorter.
     """
-    if spec.max_positions is not None and seq_len > spec.max_positions:
+    spec, virtual = run.spec, run.prompt_tokens + run.prefix_tokens
+    if spec.max_positions is not None and seq_len + virtual > spec.max_positions:
+        beside = f" and {virtual} virtual tokens" if virtual else ""
         raise InvalidRequestError(
-            f"seq_len {seq_len} is beyond the {spec.max_positions} positions that this "
+            f"seq_len {seq_len}{beside} is beyond the {spec.max_positions} positions that this "
             f"{spec.model_type} model has in its table"
         )

@@ -40,6 +40,8 @@ class Run(Struct, frozen=True):
         keeps_outputs: the loop holds the model's outputs until backward has ended.
         input_requires_grad: the embeddings' output is made to want a gradient.
         loss: which version of the standard loss runs.
+        prompt_tokens: virtual tokens that are put before the text, so that all layers see them.
+        prefix_tokens: virtual tokens whose keys and values lie in the cache of every layer.
     """
 
     spec: ModelSpec
@@ -51,6 +53,12 @@ class Run(Struct, frozen=True):
     keeps_outputs: bool = False
     input_requires_grad: bool = False
     loss: str = "transformers-5"
+    prompt_tokens: int = 0
+    prefix_tokens: int = 0
+
+    def lengths(self, seq_len: int) -> tuple[int, int]:
+        """Return the length of the layers and the second one: of the text, or of the keys."""
+        return seq_len + self.prompt_tokens, seq_len + self.prefix_tokens
 
     @property
     def accumulates(self) -> bool:

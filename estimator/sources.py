@@ -183,6 +183,19 @@ SOURCES: Final[dict[str, Source]] = {
         "LoRA: low-rank adaptation of large language models",
         "https://arxiv.org/abs/2106.09685",
     ),
+    "lester2021": Source(
+        "paper",
+        "The power of scale for parameter-efficient prompt tuning",
+        "https://arxiv.org/abs/2104.08691",
+    ),
+    "liu2021": Source(
+        "paper", "GPT understands, too (P-tuning)", "https://arxiv.org/abs/2103.10385"
+    ),
+    "li2021": Source(
+        "paper",
+        "Prefix-tuning: optimizing continuous prompts for generation",
+        "https://arxiv.org/abs/2101.00190",
+    ),
     "micikevicius2018": Source(
         "paper", "Mixed precision training", "https://arxiv.org/abs/1710.03740"
     ),

@@ -18,7 +18,8 @@ _MAX_ELEMENTS: Final = 2**23
 _READ: Final = torch.ops.aten._local_scalar_dense.default
 # The shape of their result is the number of values that pass a test.
 _COUNTING: Final = (torch.ops.aten.nonzero.default,)
-_EXACT: Final = (torch.bool, torch.uint8, torch.int32, torch.int64)
+# fp32 because PEFT puts ones of that type before the padding mask.
+_EXACT: Final = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
 
 class KnownValues:

@@ -24,6 +24,10 @@ def place(model: Any, device: str) -> None:
             _fill(data)
         return torch.nn.Parameter(data, requires_grad=meta.requires_grad)
 
+    # PEFT keeps the ids of virtual tokens on the host, outside any module; made anew, so that
+    # inside a fake tensor mode they are fake.
+    virtual = getattr(model, "prompt_tokens", {})
+    virtual.update({name: torch.arange(ids.numel()) for name, ids in virtual.items()})
     for module in model.modules():
         packing = quantized.packing(module)
         if packing is not None:

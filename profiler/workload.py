@@ -193,6 +193,11 @@ def refuse_unsupported(request: EstimateRequest) -> None:
             raise UnsupportedCombinationError(
                 f"the dry run cannot run {field}={value!r} yet; it runs {choices}"
             )
+    if request.method.name == "prefix_tuning" and request.activation_checkpointing != "none":
+        raise UnsupportedCombinationError(
+            "activation checkpointing drops the key-value cache in which a prefix lives; use "
+            "activation_checkpointing none, or method prompt_tuning"
+        )
     if request.quantization is not None and request.method.trains_base:
         raise InvalidRequestError(
             "quantized base weights cannot be trained; use method=lora with quantization"

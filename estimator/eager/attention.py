@@ -9,7 +9,7 @@ from msgspec import Struct
 from estimator.dtypes import DType
 from estimator.eager import ops
 from estimator.eager.ops import F32, Grads, Out
-from estimator.eager.size import BATCH, ONE, SEQ, Dim, Shape, dim
+from estimator.eager.size import BATCH, ONE, SECOND, SEQ, Dim, Shape, dim
 from estimator.eager.tensor import Node, Tensor
 from estimator.sources import Cite
 from estimator.units import round_up
@@ -17,6 +17,7 @@ from estimator.units import round_up
 _SDPA: Final = Cite("torch-derivatives", "_scaled_dot_product_flash_attention")
 _FLASH: Final = Cite("flash-attention", "mha_bwd")
 MASK: Final[Shape] = (BATCH, ONE, SEQ, SEQ)
+PREFIXED_MASK: Final[Shape] = (BATCH, ONE, SEQ, SECOND)
 
 
 class Heads(Struct, frozen=True, eq=False):
@@ -101,9 +102,10 @@ def _flash_workspace(node: Node, heads: Heads) -> list[Tensor]:
         node.scratch("softmax_d", (BATCH, heads.query, SEQ), F32, _FLASH, "workspace"),
     ]
     if heads.groups > 1:
-        width = node.meta_of(1)[1]
+        shape, width = node.meta_of(1)
+        expanded = (BATCH, keys_of(shape), heads.query, heads.width)
         held += [
-            node.scratch(name, full, width, _FLASH, "workspace")
+            node.scratch(name, expanded, width, _FLASH, "workspace")
             for name in ("dk_expanded", "dv_expanded")
         ]
     return held
@@ -210,7 +212,7 @@ def math_broadcast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: Heads) 
     query_acc, key_acc, value_acc = (ops.cast(each, F32) for each in (q, k, v))
     query = ops.scale(query_acc, "scaled query")
     keys = every_head(ops.scale(key_acc, "scaled keys"), heads)
-    weights = ops.matmul(query, keys, scores(heads), "scores")
+    weights = ops.matmul(query, keys, scores(heads, keys_of(k.shape)), "scores")
     del keys
     weights = ops.add_in_place(weights, bias)
     weights = _safe_softmax(weights)
@@ -234,21 +236,27 @@ def _safe_softmax(x: Tensor) -> Tensor:
 def every_head(x: Tensor, heads: Heads) -> Tensor:
     """Broadcast the one key or value head as torch.matmul does: written out for several rows."""
     if x.tape.regime.several_rows:
-        return ops.copy(x, (BATCH, heads.query, SEQ, heads.width), "broadcast to every head")
-    return ops.expand(x, (BATCH, SEQ, heads.query, heads.width))
+        shape = (BATCH, heads.query, keys_of(x.shape), heads.width)
+        return ops.copy(x, shape, "broadcast to every head")
+    return ops.expand(x, (BATCH, keys_of(x.shape), heads.query, heads.width))
 
 
 def repeat_heads(x: Tensor, heads: Heads) -> Tensor:
     """Write a key or value out for every query head (transformers' repeat_kv)."""
     if heads.groups == 1:
         return x
-    shape = (BATCH, heads.query, SEQ, heads.width)
+    shape = (BATCH, heads.query, keys_of(x.shape), heads.width)
     return ops.copy(x, shape, "heads repeated")
 
 
-def scores(heads: Heads) -> Shape:
+def scores(heads: Heads, keys: Dim = SEQ) -> Shape:
     """Return the shape of a full score matrix."""
-    return (BATCH, heads.query, SEQ, SEQ)
+    return (BATCH, heads.query, SEQ, keys)
+
+
+def keys_of(shape: Shape) -> Dim:
+    """Return the length of keys: the second one where a prefix lies before them."""
+    return SECOND if SECOND in shape else SEQ
 
 
 def eager(
@@ -275,7 +283,8 @@ def eager(
     gpt2/modeling_gpt2.py, eager_attention_forward.
     """
     keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
-    weights = ops.scale(ops.matmul(q, keys, scores(heads), "scores"), "scaled scores")
+    full = scores(heads, keys_of(k.shape))
+    weights = ops.scale(ops.matmul(q, keys, full, "scores"), "scaled scores")
     if softcap:
         weights = ops.scale(weights, "scores over the cap")
         weights = ops.tanh(weights)

@@ -144,18 +144,27 @@ def _sole_owner() -> tuple[int, int]:
 _SOLE: Final = _sole_owner()
 
 
+def _is_part(grad: Tensor) -> bool:
+    return grad.base is not None and elements(grad.shape) != elements(grad.base.shape)
+
+
 def _accumulate(tape: Tape, param: Param, buffer: list[Tensor | None]) -> None:
     """Hand a parameter its gradient: kept as it is, or added in place to the one that is there.
 
-    With the optimizer in backward, the parameter is updated here, and its gradient dies.
+    A gradient that is a part of a larger tensor does not lie as the parameter does, so it is
+    written out anew. With the optimizer in backward, the parameter is updated here, and its
+    gradient dies.
 
     Source: torch-autograd, functions/accumulate_grad.h, AccumulateGrad::accumulateGrad, and
-    functions/accumulate_grad.cpp, AccumulateGrad::apply for the hook.
+    functions/accumulate_grad.cpp, AccumulateGrad::apply for the hook;
+    utils/grad_layout_contract.h, obeys_layout_contract.
     """
     grad = buffer.pop()
     if grad is None:
         return
+    if _is_part(grad):
+        grad = tape.new(f"{param.name}.grad", grad.shape, grad.dtype, ENGINE, "gradients")
     if tape.update is not None and param.held is None:
         tape.update(tape, param)
-    elif not tape.grads_exist:
+    elif not tape.grads_exist or param.held is not None:
         tape.grads[param] = grad

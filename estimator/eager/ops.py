@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Final, Union
 
 from estimator.dtypes import DType, promote
-from estimator.eager.size import BATCH, ONE, SEQ, Dim, Shape, elements
+from estimator.eager.size import ONE, SEQ, Dim, Shape, elements
 from estimator.eager.tensor import Node, Param, Tape, Tensor, reshaped
 from estimator.sources import Cite
 
@@ -339,6 +339,33 @@ def cat_last(parts: tuple[Tensor, ...], last: Dim) -> Tensor:
     return out
 
 
+def cat(parts: tuple[Tensor, ...], shape: Shape, name: str = "cat") -> Tensor:
+    """Concatenate along an inner dimension; backward gives each part a strided view of its own."""
+    first, dtype = parts[0], parts[0].dtype
+    for each in parts[1:]:
+        dtype = promote(dtype, each.dtype)
+    out = first.tape.new(name, shape, dtype, _derivative("cat"))
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        (grad,) = grads
+        assert grad is not None
+        return tuple(None if meta is None else reshaped(grad, meta[0]) for meta in node.metas)
+
+    first.tape.record(name, parts, (), rule, out)
+    return out
+
+
+def repeat(x: Tensor, shape: Shape, name: str = "repeat") -> Tensor:
+    """Write a tensor of one row out for every row; backward sums over the rows."""
+    out = x.tape.new(name, shape, x.dtype, _derivative("repeat"))
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        return (node.new_grad(0, source=_derivative("repeat")),)
+
+    x.tape.record(name, (x,), (), rule, out)
+    return out
+
+
 # -- matrix products ---------------------------------------------------------------------------
 
 
@@ -433,10 +460,11 @@ def softmax(x: Tensor, dtype: DType | None = None) -> Tensor:
 
 def embedding(ids: Tensor, weight: Param, width: Dim) -> Tensor:
     """Rows of a table; saves the ids. Backward makes a dense gradient of the whole table."""
-    out = ids.tape.new("output", (*ids.shape, width), weight.dtype, _derivative("embedding"))
+    shape = ids.shape
+    out = ids.tape.new("output", (*shape, width), weight.dtype, _derivative("embedding"))
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        workspace = _embedding_workspace(node, width)
+        workspace = _embedding_workspace(node, shape, width)
         grad = node.new_grad(0, source=_derivative("embedding_dense_backward"))
         workspace.clear()
         return (grad,)
@@ -445,7 +473,7 @@ def embedding(ids: Tensor, weight: Param, width: Dim) -> Tensor:
     return out
 
 
-def _embedding_workspace(node: Node, width: Dim) -> list[Tensor]:
+def _embedding_workspace(node: Node, ids: Shape, width: Dim) -> list[Tensor]:
     """Temporaries of the sorting kernel, which CUDA takes for more than 3072 ids.
 
     Shapes:
@@ -457,8 +485,8 @@ def _embedding_workspace(node: Node, width: Dim) -> list[Tensor]:
     if not node.tape.regime.sorts_embedding_gradient:
         return []
     source = Cite("torch-embedding", "embedding_backward_cuda_kernel")
-    partial = node.scratch("partial sums", (BATCH, SEQ, width), F32, source)
-    indices = [node.scratch("indices", (BATCH, SEQ), DType.INT64, source) for _ in range(6)]
+    partial = node.scratch("partial sums", (*ids, width), F32, source)
+    indices = [node.scratch("indices", ids, DType.INT64, source) for _ in range(6)]
     return [partial, *indices]
 
 

@@ -273,15 +273,33 @@ class Tape:
         """Record what is alive now, unless an instant of the same place is nowhere below it."""
         self._grown = False
         here = self._instants.setdefault((self.phase, self.site), [])
-        a0, a1, a2, a3, a4, a5 = self._total
+        a0, a1, a2, a3, a4, a5, a6, a7 = self._total
         keep = []
         for each in here:
-            b0, b1, b2, b3, b4, b5 = each.total
-            if b3 >= a3 and b0 >= a0 and b5 >= a5 and b4 >= a4 and b2 >= a2 and b1 >= a1:
+            b0, b1, b2, b3, b4, b5, b6, b7 = each.total
+            if (
+                b3 >= a3
+                and b0 >= a0
+                and b5 >= a5
+                and b4 >= a4
+                and b2 >= a2
+                and b1 >= a1
+                and b6 >= a6
+                and b7 >= a7
+            ):
                 return
-            if not (a3 >= b3 and a0 >= b0 and a5 >= b5 and a4 >= b4 and a2 >= b2 and a1 >= b1):
+            if not (
+                a3 >= b3
+                and a0 >= b0
+                and a5 >= b5
+                and a4 >= b4
+                and a2 >= b2
+                and a1 >= b1
+                and a6 >= b6
+                and a7 >= b7
+            ):
                 keep.append(each)
-        total = (a0, a1, a2, a3, a4, a5)
+        total = (a0, a1, a2, a3, a4, a5, a6, a7)
         here[:] = [*keep, Instant(self.site, self.phase, dict(self.live), total)]
 
     def instants(self, phase: str) -> Iterator[tuple[int, list[Instant]]]:
@@ -306,10 +324,15 @@ class Tape:
         dtype: DType,
         source: Cite | Assumption,
         component: Component = "activations",
+        site: int | None = None,
     ) -> Tensor:
-        """Allocate a tensor; `name` is put behind the current module's path."""
+        """Allocate a tensor; `name` is put behind the current module's path.
+
+        Args:
+            site: what it counts for, where that is not the site that is being worked on.
+        """
         out = Tensor(self, shape, dtype, None)
-        self.allocate(out, name, source, component)
+        self.allocate(out, name, source, component, site)
         return out
 
     def allocate(
@@ -318,11 +341,11 @@ class Tape:
         name: str,
         source: Cite | Assumption,
         component: Component = "activations",
+        site: int | None = None,
     ) -> None:
         """Give a tensor its storage."""
-        kind = TensorKind(
-            component, self.site, self.prefix + name, tensor.dtype, tensor.shape, source
-        )
+        place = self.site if site is None else site
+        kind = TensorKind(component, place, self.prefix + name, tensor.dtype, tensor.shape, source)
         tensor.storage = Storage(self, self.kind(kind))
 
     @contextmanager

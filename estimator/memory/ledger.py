@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from estimator.components import Basis, Component
 from estimator.dtypes import DType
-from estimator.eager.size import BATCH, SEQ, Polynomial, Shape, elements
+from estimator.eager.size import BATCH, SECOND, SEQ, ZERO, Polynomial, Shape, elements
 from estimator.memory.allocator import charge
 from estimator.sources import Assumption, Cite
 
@@ -22,7 +22,7 @@ class Row(NamedTuple):
         name: what it is, with its place in the model.
         component: weights, gradients, optimizer_states, activations, buffers, workspace, runtime.
         site: where in the step it lives.
-        size: bytes of one such tensor: (coefficient, index of its monomial in b and s).
+        size: bytes of one such tensor: (coefficient, index of its monomial in b, s and t).
         formula: the size in letters: dimensions and width.
         source: a citation, or the reason of an assumption.
     """
@@ -57,7 +57,7 @@ class Ledger(Struct, frozen=True, dict=True):
         return Ledger((*self.entries, *others))
 
     def polynomial(self) -> Polynomial:
-        """Return the sum of all entries as a polynomial in b and s."""
+        """Return the sum of all entries as a polynomial in b, s and t."""
         return polynomial((each.row.size, each.count) for each in self.entries)
 
     @cached_property
@@ -77,10 +77,11 @@ class Ledger(Struct, frozen=True, dict=True):
 
 def polynomial(sizes: Iterable[tuple[tuple[int, int], int]]) -> Polynomial:
     """Sum monomials, each given as ((coefficient, index), count)."""
-    total = [0, 0, 0, 0, 0, 0]
+    total = [0] * len(ZERO)
     for (coefficient, index), count in sizes:
         total[index] += coefficient * count
-    return (total[0], total[1], total[2], total[3], total[4], total[5])
+    t0, t1, t2, t3, t4, t5, t6, t7 = total
+    return (t0, t1, t2, t3, t4, t5, t6, t7)
 
 
 def tensor_row(
@@ -98,7 +99,7 @@ def tensor_row(
 
 
 def formula(shape: Shape, dtype: DType) -> str:
-    """Write a tensor's size with the numbers that the model fixes, b and s as letters.
+    """Write a tensor's size with the numbers that the model fixes, b, s and t as letters.
 
     Example:
         >>> from estimator.eager.size import dim
@@ -106,7 +107,9 @@ def formula(shape: Shape, dtype: DType) -> str:
         '[b, s, h=4096] x 2 B'
     """
     dims = ", ".join(
-        each.letter if each in (BATCH, SEQ) or each.letter == "1" else f"{each.letter}={each.value}"
+        each.letter
+        if each in (BATCH, SEQ, SECOND) or each.letter == "1"
+        else f"{each.letter}={each.value}"
         for each in shape
     )
     return f"[{dims}] x {dtype.width} B"

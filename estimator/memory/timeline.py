@@ -19,7 +19,7 @@ from estimator.run import Run
 
 
 class Moment(Struct, frozen=True, dict=True):
-    """A moment that can be the peak: its name, and its bytes as a polynomial in b and s.
+    """A moment that can be the peak: its name, and its bytes as a polynomial in b, s and t.
 
     What is alive is put together only when somebody asks.
     """
@@ -31,7 +31,8 @@ class Moment(Struct, frozen=True, dict=True):
     def bytes_at(self, at: Polynomial) -> int:
         """Bytes at the micro-batch and length whose powers are given."""
         a, b = self.total, at
-        return a[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5]
+        low = a[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5]
+        return low + a[6] * b[6] + a[7] * b[7]
 
     @cached_property
     def passing(self) -> Ledger:
@@ -149,6 +150,9 @@ class _Assembly:
             before = _add(saved[each] for each in self.order[:position])
             here = _add(saved[:site])
             for instant in instants:
+                if site == 0:
+                    yield self._at_embeddings(instant)
+                    continue
                 yield self._moment(instant, _shift(instant.total, here, before), position)
 
     def backward(self) -> Iterator[Moment]:
@@ -159,6 +163,9 @@ class _Assembly:
         """
         saved, left = self.backward_saved, self.left
         for site, instants in self.seen.backward:
+            if site == 0:
+                yield from map(self._at_embeddings, instants)
+                continue
             here = _add((*saved[:site], *left[site + 1 :]))
             for position in self._ends(site):
                 before, after = self.order[:position], self.order[position + 1 :]
@@ -166,8 +173,13 @@ class _Assembly:
                 for instant in instants:
                     yield self._moment(instant, _shift(instant.total, here, around), position)
 
+    def _at_embeddings(self, instant: Instant) -> Moment:
+        """Return a moment before the first layer: of every layer the same is alive."""
+        name = f"{instant.phase}: {self.seen.sites[0]}"
+        return self.after(name, instant.live, ZERO, ())
+
     def after(self, name: str, live: Live, more: Polynomial, extra: tuple[Entry, ...]) -> Moment:
-        """Return a moment after backward, with what every site has left then."""
+        """Return a moment outside the layers, with what is alive of every site then."""
         left = _add(
             total for site, total in enumerate(self._totals(live)) for _ in range(self.times[site])
         )
@@ -255,10 +267,11 @@ class _Assembly:
 
 
 def _add(polynomials: Iterable[Polynomial]) -> Polynomial:
-    t0, t1, t2, t3, t4, t5 = ZERO
-    for a0, a1, a2, a3, a4, a5 in polynomials:
+    t0, t1, t2, t3, t4, t5, t6, t7 = ZERO
+    for a0, a1, a2, a3, a4, a5, a6, a7 in polynomials:
         t0, t1, t2, t3, t4, t5 = t0 + a0, t1 + a1, t2 + a2, t3 + a3, t4 + a4, t5 + a5
-    return (t0, t1, t2, t3, t4, t5)
+        t6, t7 = t6 + a6, t7 + a7
+    return (t0, t1, t2, t3, t4, t5, t6, t7)
 
 
 def _exceeds(total: Polynomial, other: Polynomial) -> bool:
@@ -267,5 +280,5 @@ def _exceeds(total: Polynomial, other: Polynomial) -> bool:
 
 def _shift(total: Polynomial, here: Polynomial, around: Polynomial) -> Polynomial:
     """Replace what the chain holds outside a site by what the real model holds there."""
-    h0, h1, h2, h3, h4, h5 = here
-    return _add((total, (-h0, -h1, -h2, -h3, -h4, -h5), around))
+    h0, h1, h2, h3, h4, h5, h6, h7 = here
+    return _add((total, (-h0, -h1, -h2, -h3, -h4, -h5, -h6, -h7), around))

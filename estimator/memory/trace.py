@@ -16,7 +16,7 @@ from estimator.dtypes import DType
 from estimator.eager import ops
 from estimator.eager.checkpoint import checkpoint
 from estimator.eager.engine import backward
-from estimator.eager.size import BATCH, SEQ, dim
+from estimator.eager.size import BATCH, SECOND, SEQ, dim
 from estimator.eager.tensor import (
     Instant,
     Live,
@@ -154,15 +154,14 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
         tape.update = updater(run)
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
-    batch = [
-        _input(tape, name, run.micro_batches) for name in ("input_ids", "attention_mask", "labels")
-    ]
+    batch = [_input(tape, name, run) for name in ("input_ids", "attention_mask", "labels")]
     tape.autocast_enabled = run.autocast is not None
     loss, outputs = _forward(run, forward, kinds, batch)
     tape.cast_cache.clear()
     tape.autocast_enabled = False
     if not run.keeps_outputs:
         outputs.held.clear()
+    if not run.keeps_outputs or not run.settings.keeps_cache:
         forward.cache.clear()
     backward_saved = dict(tape.live)
     tape.phase = "backward"
@@ -195,12 +194,12 @@ def _activation_dtype(run: Run) -> DType:
     return run.spec.embeddings[0].dtype
 
 
-def _input(tape: Tape, name: str, micro_batches: int) -> Tensor:
+def _input(tape: Tape, name: str, run: Run) -> Tensor:
     """Return one input of this micro-batch; the Trainer fetches those of a whole step at once."""
-    shape = (BATCH, SEQ)
-    if micro_batches == 1:
+    shape = (BATCH, SECOND if run.prompt_tokens else SEQ)
+    if run.micro_batches == 1:
         return tape.new(name, shape, DType.INT64, INPUTS, "buffers")
-    of_step = tape.new(name, (dim("n", micro_batches), *shape), DType.INT64, INPUTS, "buffers")
+    of_step = tape.new(name, (dim("n", run.micro_batches), *shape), DType.INT64, INPUTS, "buffers")
     return view(of_step, shape)
 
 
@@ -231,7 +230,8 @@ def _forward(
     alive = dict(tape.live)
     tape.enter(last + 2)
     with tape.module("loss"):
-        loss = LOSSES[run.loss](logits, batch[2], spec.vocab)
+        loss = LOSSES[run.loss](logits, forward.caller_names.get("labels", batch[2]), spec.vocab)
+    forward.caller_names.clear()
     held = [logits]
     if run.autocast is not None:
         held = [ops.cast(logits, DType.FLOAT32, "logits of the outputs in fp32")]
@@ -242,6 +242,8 @@ def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor
     """Run embeddings, layers and final norm."""
     spec, family = run.spec, run.spec.family
     forward.enter(0, spec.embeddings)
+    if spec.virtual_tokens is not None:
+        spec.virtual_tokens.prepare(forward, len(kinds))
     hidden = family.embed(forward, ids)
     forward.prepare_masks(spec.kinds)
     for site, kind in enumerate(kinds, start=1):

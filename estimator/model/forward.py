@@ -9,9 +9,9 @@ from msgspec import Struct
 
 from estimator.dtypes import DType
 from estimator.eager import attention, ops
-from estimator.eager.attention import MASK, Heads
+from estimator.eager.attention import MASK, PREFIXED_MASK, Heads
 from estimator.eager.ops import F32
-from estimator.eager.size import BATCH, ONE, SEQ, dim
+from estimator.eager.size import BATCH, ONE, SECOND, SEQ, dim
 from estimator.eager.tensor import Edge, Param, Tape, Tensor, view
 from estimator.errors import UnsupportedCombinationError, UnsupportedModelError
 from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Module, Norm, Weight
@@ -47,8 +47,12 @@ class Forward:
         self.rotary: dict[str, tuple[Tensor, Tensor]] = {}
         self.masks: dict[str, Tensor] = {}
         self.cache: list[Tensor] = []
+        # Keys and values of a prefix, by the site of their layer.
+        self.prefixes: dict[int, list[Tensor]] = {}
         # Local names of the model's forward that live until it returns.
         self.names: dict[str, Tensor] = {}
+        # Those of the forward that called the model's, which live until the loss is made.
+        self.caller_names: dict[str, Tensor] = {}
         # A name in the layer's forward, though nobody reads them.
         self.attention_weights: Tensor | None = None
         self.input_requires_grad = False
@@ -144,6 +148,8 @@ class Forward:
                 leaf = Param("inputs_embeds", out.shape, out.dtype, True)
                 leaf.held = view(out, out.shape)
                 out.edge = Edge(leaf)
+            if self.spec.virtual_tokens is not None:
+                out = self.spec.virtual_tokens.join(self, out)
             self.names["inputs_embeds"] = out
         return out
 
@@ -187,12 +193,13 @@ class Forward:
     def prepare_masks(self, kinds: Iterable[LayerKind]) -> None:
         """Build the masks that the model builds once for all layers.
 
-        SDPA needs none while attention is plainly causal; padding, and a window that the length
-        exceeds, need one. Eager attention always adds a float mask. FlashAttention takes the
-        padding mask itself.
+        SDPA needs none while attention is plainly causal; padding, a prefix in the cache, and a
+        window that the length exceeds, need one. Eager attention always adds a float mask.
+        FlashAttention takes the padding mask itself.
 
         Shapes:
-            mask  [b, 1, s, s]  1 byte for sdpa, the width of the model for eager
+            mask  [b, 1, s, s]  1 byte for sdpa, the width of the model for eager; with a prefix
+                                [b, 1, s, t]
 
         Source: hf-masking, sdpa_mask, eager_mask and _ignore_causal_mask_sdpa.
         """
@@ -202,11 +209,13 @@ class Forward:
         for kind in kinds:
             windowed = kind.sliding_window is not None
             needed = eager or self.settings.padding or (windowed and self.exceeds(kind))
+            shape = PREFIXED_MASK if self.prefixes else MASK
+            needed = needed or bool(self.prefixes)
             key = "sliding" if windowed else "full"
             if needed and key not in self.masks:
-                mask = self.tape.new(f"{key} attention mask", MASK, DType.BOOL, MASKING)
+                mask = self.tape.new(f"{key} attention mask", shape, DType.BOOL, MASKING)
                 if eager:
-                    mask = self.tape.new(f"{key} attention mask", MASK, self.dtype, MASKING)
+                    mask = self.tape.new(f"{key} attention mask", shape, self.dtype, MASKING)
                 self.masks[key] = mask
 
     def exceeds(self, kind: LayerKind) -> bool:
@@ -234,6 +243,13 @@ class Forward:
 
         Source: hf-library, cache_utils.py, DynamicLayer.update.
         """
+        before = self.prefixes.pop(self.tape.site, None)
+        if before is not None:
+            shape = (BATCH, kind.heads.key_value, SECOND, kind.heads.width)
+            named = ((before.pop(0), k, "keys"), (before.pop(0), v, "values"))
+            k, v = (ops.cat((old, new), shape, f"prefix and {name}") for old, new, name in named)
+            self.cache += [k, v]
+            return k, v
         if not self.settings.keeps_cache:
             return k, v
         shape = (BATCH, kind.heads.key_value, SEQ, kind.heads.width)

@@ -177,6 +177,21 @@ class Embedding(Module, frozen=True, eq=False, kw_only=True):
         return (Weight("weight", (self.rows, self.width), self.dtype, self.trainable),)
 
 
+class VirtualTokens(Module, frozen=True, eq=False, kw_only=True):
+    """Trained vectors that PEFT puts before the text, or into the cache of every layer."""
+
+    def prepare(self, run: Any, layers: int) -> None:
+        """Do what PEFT does before the model is called.
+
+        Args:
+            layers: decoder layers that this pass runs.
+        """
+
+    def join(self, run: Any, embedded: Tensor) -> Tensor:
+        """Return the input of the first layer, given the embedded text."""
+        return embedded
+
+
 class LayerKind(Struct, frozen=True, eq=False):
     """One kind of decoder layer: its modules by name, and the shape of its attention.
 
@@ -254,6 +269,12 @@ class ModelSpec(Struct, frozen=True, eq=False):
     supports_flash: bool = True
     broadcasts_keys: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def virtual_tokens(self) -> VirtualTokens | None:
+        """The module that makes virtual tokens, if the method has one."""
+        last = self.embeddings[-1]
+        return last if isinstance(last, VirtualTokens) else None
 
     def module_counts(self) -> Iterator[tuple[Module, int]]:
         """Yield every module with the number of times it occurs; a tied head is left out."""

@@ -77,6 +77,18 @@ class FullCheckpointing(Struct, frozen=True):
     stage: ClassVar[Stage] = Stage.CHECKPOINT
 
     def apply(self, run: Run) -> Run:
-        """Checkpoint every layer; a cache cannot be kept with it."""
+        """Checkpoint every layer; a cache cannot be kept with it.
+
+        Raises:
+            UnsupportedCombinationError: a prefix, which transformers would silently drop.
+
+        Source: peft, peft_model.py, PeftModel._setup_prompt_encoder; hf-library,
+        modeling_layers.py, GradientCheckpointingLayer.__call__.
+        """
+        if run.prefix_tokens:
+            raise UnsupportedCombinationError(
+                "prefix tuning lives in the key-value cache, which activation checkpointing drops, "
+                "so PEFT refuses it; use activation_checkpointing none, or method prompt_tuning"
+            )
         settings = replace(run.settings, keeps_cache=False)
         return replace(run, checkpointing=True, input_requires_grad=True, settings=settings)

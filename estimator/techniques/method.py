@@ -53,6 +53,11 @@ def target_matcher(targets: tuple[str, ...] | str, head: str) -> Callable[[str],
     return lambda name: any(name == each or name.endswith(f".{each}") for each in targets)
 
 
+def frozen(spec: ModelSpec) -> ModelSpec:
+    """Freeze every weight."""
+    return spec.map_modules(lambda module: replace(module, trainable=False))
+
+
 def adapted(
     spec: ModelSpec, targets: tuple[str, ...] | str, adapter: Callable[[Linear], Adapter]
 ) -> ModelSpec:

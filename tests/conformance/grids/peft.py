@@ -1,0 +1,60 @@
+"""Methods of PEFT other than the LoRA family: virtual tokens, and adapters of other shapes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+Document = dict[str, Any]
+
+CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
+NF4: Final[Document] = {"quantization": {"name": "nf4"}, "autocast": "bf16"}
+PADDED: Final[Document] = {"padding": True}
+
+PROMPT: Final[Document] = {"method": {"name": "prompt_tuning", "num_virtual_tokens": 24}}
+P_TUNING: Final[Document] = {"method": {"name": "p_tuning", "encoder_hidden_size": 500}}
+PREFIX: Final[Document] = {"method": {"name": "prefix_tuning", "num_virtual_tokens": 24}}
+PROJECTED: Final[Document] = {
+    "method": {"name": "prefix_tuning", "num_virtual_tokens": 24, "prefix_projection": True},
+}
+
+RECIPES: Final[dict[str, Document]] = {
+    "prompt tuning": PROMPT,
+    "prompt tuning checkpointed": {**PROMPT, **CHECKPOINTED},
+    "prompt tuning amp": {**PROMPT, "precision": "amp_bf16"},
+    "prompt tuning nf4 checkpointed": {**PROMPT, **NF4, **CHECKPOINTED},
+    "prompt tuning padded": {**PROMPT, **PADDED},
+    "prompt tuning eager": {**PROMPT, "attention": "eager"},
+    "prompt tuning accumulation": {**PROMPT, "gradient_accumulation_steps": 4},
+    "prompt tuning of gpt2": {**PROMPT, "seq_len": 1000},
+    "prompt tuning of gemma": PROMPT,
+    "p-tuning": P_TUNING,
+    "p-tuning amp checkpointed": {**P_TUNING, **CHECKPOINTED, "precision": "amp_bf16"},
+    "p-tuning nf4": {**P_TUNING, **NF4},
+    "p-tuning of opt": {"method": "p_tuning"},
+    "prefix tuning": PREFIX,
+    "prefix tuning, 20 tokens": {"method": "prefix_tuning"},
+    "prefix tuning amp": {**PREFIX, "precision": "amp_bf16"},
+    "prefix tuning nf4": {**PREFIX, **NF4},
+    "prefix tuning padded": {**PREFIX, **PADDED},
+    "prefix tuning eager": {**PREFIX, "attention": "eager"},
+    "prefix tuning flash": {**PREFIX, "attention": "flash_attention_2"},
+    "prefix tuning fp32": {**PREFIX, "precision": "fp32"},
+    "prefix tuning of gpt_neox": PREFIX,
+    "prefix tuning with a projection": PROJECTED,
+    "prefix tuning with a projection, amp": {**PROJECTED, "precision": "amp_bf16"},
+    "prefix tuning with a projection, accumulation": {
+        **PROJECTED, "gradient_accumulation_steps": 4,
+    },
+}  # fmt: skip
+
+MODELS: Final[dict[str, str]] = {
+    "prompt tuning of gpt2": "gpt2",
+    "prompt tuning of gemma": "gemma",
+    "p-tuning amp checkpointed": "qwen2",
+    "p-tuning of opt": "opt",
+    "prefix tuning of gpt_neox": "gpt_neox",
+    "prefix tuning with a projection, amp": "gpt2",
+    "prefix tuning with a projection": "llama-mha",
+}
+
+FAST: Final = frozenset({"prompt tuning", "p-tuning amp checkpointed", "prefix tuning"})
