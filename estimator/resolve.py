@@ -11,6 +11,7 @@ from msgspec import structs
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.families import read_spec
 from estimator.model.forward import Settings
+from estimator.model.spec import ModelSpec
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest, Parallelism
 from estimator.run import OptimizerChoice, Run
