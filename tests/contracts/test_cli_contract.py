@@ -23,6 +23,9 @@ FROZEN_FLAGS = """
 --method-adapter-prompt-length --method-adapter-start-layer
 --method-last-layers --method-modules --method-norms --method-biases --method-embeddings
 --quantization-skip-modules --quantization-quant-storage --quantization-threshold
+--method-num-virtual-tokens --method-prompt-tuning-init
+--method-encoder-reparameterization-type --method-encoder-hidden-size
+--method-prefix-projection
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing

@@ -112,7 +112,8 @@ class Prefix(VirtualTokens, frozen=True, eq=False, kw_only=True):
         Backward stacks the two gradients of a layer, which until then are views of the gradients of
         the layer's whole keys and values, puts the layers together, and orders them as the table.
 
-        Source: peft, peft_model.py, PeftModel.get_prompt, in the order of its backward.
+        Source: peft, peft_model.py, PeftModel.get_prompt, in the order of its backward;
+        hf-library, cache_utils.py, DynamicLayer.update.
         """
         tape, shape = run.tape, (BATCH, self.heads, self.tokens, self.head_width)
         outputs = []
