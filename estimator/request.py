@@ -41,7 +41,9 @@ class InlineModel(Section, frozen=True):
     config: dict[str, Any]
 
 
-Method = Full | Lora | Partial | LlamaAdapter | LlamaAdapterV2 | PromptTuning | PTuning | PrefixTuning
+Method = (
+    Full | Lora | Partial | LlamaAdapter | LlamaAdapterV2 | PromptTuning | PTuning | PrefixTuning
+)
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
 Quantization = Nf4 | Fp4 | Int8
