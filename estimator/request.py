@@ -19,10 +19,12 @@ from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.full import Full
+from estimator.techniques.methods.houlsby_adapter import HoulsbyAdapter
 from estimator.techniques.methods.llama_adapter import LlamaAdapter, LlamaAdapterV2
 from estimator.techniques.methods.lora import Lora
 from estimator.techniques.methods.p_tuning import PTuning
 from estimator.techniques.methods.partial import Partial
+from estimator.techniques.methods.pfeiffer_adapter import PfeifferAdapter
 from estimator.techniques.methods.prefix_tuning import PrefixTuning
 from estimator.techniques.methods.prompt_tuning import PromptTuning
 from estimator.techniques.quantization import Quantization as AnyQuantization
@@ -42,7 +44,16 @@ class InlineModel(Section, frozen=True):
 
 
 Method = (
-    Full | Lora | Partial | LlamaAdapter | LlamaAdapterV2 | PromptTuning | PTuning | PrefixTuning
+    Full
+    | Lora
+    | Partial
+    | LlamaAdapter
+    | LlamaAdapterV2
+    | PromptTuning
+    | PTuning
+    | PrefixTuning
+    | HoulsbyAdapter
+    | PfeifferAdapter
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
@@ -157,6 +168,8 @@ METHOD_ALIASES: Final[dict[str, Alias]] = {
     "qlora": Alias("lora", quantization="nf4"),
     "bitfit": Alias("partial", {"biases": True}),
     "freeze": Alias("partial"),
+    "double_seq_bn": Alias("houlsby_adapter"),
+    "seq_bn": Alias("pfeiffer_adapter"),
 }
 
 # Other spellings of `activation_checkpointing`; a boolean means full or none.

@@ -209,6 +209,16 @@ SOURCES: Final[dict[str, Source]] = {
         "LLaMA-Factory at commit 01d87b8267b9, freeze tuning",
         "https://github.com/hiyouga/LLaMA-Factory/blob/01d87b8267b9/src/llamafactory",
     ),
+    "adapters": Source(
+        "code",
+        "adapters 1.3.0 (AdapterHub), bottleneck adapters",
+        "https://github.com/adapter-hub/adapters/blob/v1.3.0/src/adapters",
+    ),
+    "houlsby2019": Source(
+        "paper",
+        "Parameter-efficient transfer learning for NLP",
+        "https://arxiv.org/abs/1902.00751",
+    ),
     "megatron-optimizer": Source(
         "code",
         "Megatron-LM, Float16OptimizerWithFloat16Params",

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.request import EstimateRequest
+from estimator.techniques.bottleneck import BottleneckMethod
 from estimator.techniques.method import Method
 from estimator.techniques.methods.partial import Partial
 from profiler import quantized, stack
@@ -70,8 +71,21 @@ def _partial(model: Any, request: EstimateRequest) -> Any:
     return model
 
 
+def _bottleneck(model: Any, request: EstimateRequest) -> Any:
+    """Freeze the model and put the adapters library's bottlenecks into its layers."""
+    from profiler import bottleneck
+
+    method = request.method
+    assert isinstance(method, BottleneckMethod)
+    return bottleneck.build(model, method)
+
+
 Builder = Callable[[Any, EstimateRequest], Any]
-BUILDERS: Final[dict[str, Builder]] = {"partial": _partial}
+BUILDERS: Final[dict[str, Builder]] = {
+    "partial": _partial,
+    "houlsby_adapter": _bottleneck,
+    "pfeiffer_adapter": _bottleneck,
+}
 """What builds a method that PEFT does not: given the model, it returns the model to train."""
 
 

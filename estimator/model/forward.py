@@ -163,6 +163,14 @@ class Forward:
             raise TypeError(f"{name} is no {kind.__name__}")
         return module
 
+    def add_residual(self, hidden: Tensor, residual: Tensor, adapter: str) -> Tensor:
+        """Add a sublayer's output to its residual, through the adapter that this site may have."""
+        module = self.modules.get(adapter)
+        if module is None:
+            return ops.add(hidden, residual, "residual")
+        joined: Tensor = module.join(self, hidden, residual)  # type: ignore[attr-defined]
+        return joined
+
     # -- attention ----------------------------------------------------------------------------
 
     def prepare_rotary(self, width: int, name: str = "rotary") -> None:

@@ -20,12 +20,12 @@ FROZEN_FLAGS = """
 --model --task
 --method --lora-r --lora-alpha --lora-dropout --target-modules --modules-to-save --lora-bias
 --adapter-dtype --quantization --double-quant --compute-dtype --prepare-kbit
---method-adapter-prompt-length --method-adapter-start-layer
 --method-last-layers --method-modules --method-norms --method-biases --method-embeddings
---quantization-skip-modules --quantization-quant-storage --quantization-threshold
---method-num-virtual-tokens --method-prompt-tuning-init
---method-encoder-reparameterization-type --method-encoder-hidden-size
---method-prefix-projection
+--method-adapter-prompt-length --method-adapter-start-layer --method-num-virtual-tokens
+--method-prompt-tuning-init --method-encoder-reparameterization-type
+--method-encoder-hidden-size --method-prefix-projection --method-reduction-factor
+--method-non-linearity --quantization-skip-modules --quantization-quant-storage
+--quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing

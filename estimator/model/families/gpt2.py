@@ -48,13 +48,13 @@ class Gpt2:
         residual = hidden
         hidden = run.layer_norm(hidden, "ln_1")
         attn_output = self.attention(run, kind, hidden)
-        hidden = ops.add(attn_output, residual, "residual")
+        hidden = run.add_residual(attn_output, residual, "attention_adapters")
         residual = hidden
         hidden = run.layer_norm(hidden, "ln_2")
         feed_forward = run.plain_mlp(
             hidden, kind.facts["activation"], ("mlp.c_fc", "mlp.c_proj"), dropout
         )
-        return ops.add(residual, feed_forward, "residual")
+        return run.add_residual(feed_forward, residual, "output_adapters")
 
     def attention(self, run: Forward, kind: LayerKind, hidden: Tensor) -> Tensor:
         """Project to queries, keys and values at once, attend, project.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from estimator.dtypes import DType
-from estimator.eager import attention, ops
+from estimator.eager import attention
 from estimator.eager.size import BATCH, SEQ, Dim, dim
 from estimator.eager.tensor import Tensor, view
 from estimator.model.config import Config
@@ -30,13 +30,13 @@ class Llama:
         residual = hidden
         hidden = run.rms_norm(hidden, "input_layernorm")
         hidden = self.attention(run, kind, hidden)
-        hidden = ops.add(residual, hidden, "residual")
+        hidden = run.add_residual(hidden, residual, "attention_adapters")
         residual = hidden
         hidden = run.rms_norm(hidden, "post_attention_layernorm")
         hidden = run.gated_mlp(
             hidden, kind.facts["activation"], ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
         )
-        return ops.add(residual, hidden, "residual")
+        return run.add_residual(hidden, residual, "output_adapters")
 
     def attention(self, run: Forward, kind: LayerKind, hidden: Tensor) -> Tensor:
         """Project, rotate, attend, project.

@@ -17,6 +17,9 @@ _BITFIT: Final = {"method": "bitfit"}
 _NORMS: Final = _partial(norms=True)
 _TABLES: Final = _partial(embeddings=True)
 _QUERIES: Final = _partial(modules=["q_proj"])
+_HOULSBY: Final = {"method": "houlsby_adapter"}
+_HOULSBY32: Final = {"method": {"name": "houlsby_adapter", "adapter_dtype": "float32"}}
+_PFEIFFER: Final = {"method": {"name": "pfeiffer_adapter", "reduction_factor": 9.0}}
 
 RECIPES: Final[dict[str, dict[str, Any]]] = {
     "last layers": _LAST,
@@ -57,6 +60,31 @@ RECIPES: Final[dict[str, dict[str, Any]]] = {
     "queries only checkpointed": {**_QUERIES, **CHECKPOINTED},
     "queries only autocast": {**_QUERIES, "autocast": "bf16"},
     "mlp only, qwen3": _partial(modules=["mlp"]),
+    "houlsby": _HOULSBY,
+    "houlsby checkpointed": {**_HOULSBY, **CHECKPOINTED},
+    "houlsby autocast": {**_HOULSBY32, "autocast": "bf16"},
+    "houlsby autocast checkpointed": {**_HOULSBY32, "autocast": "bf16", **CHECKPOINTED},
+    "houlsby fp32": {**_HOULSBY, "precision": "fp32"},
+    "houlsby amp": {**_HOULSBY32, "precision": "amp_bf16"},
+    "houlsby, gpt2": _HOULSBY,
+    "houlsby, gpt2 amp": {**_HOULSBY, "precision": "amp_bf16"},
+    "houlsby, mistral padded": {**_HOULSBY, "padding": True},
+    "houlsby, gelu_new": {
+        "method": {"name": "houlsby_adapter", "non_linearity": "gelu_new", "reduction_factor": 2.0},
+    },
+    "houlsby nf4": {
+        **_HOULSBY, "quantization": "nf4", "autocast": "bf16", **CHECKPOINTED,
+    },
+    "pfeiffer": _PFEIFFER,
+    "pfeiffer checkpointed": {**_PFEIFFER, **CHECKPOINTED},
+    "pfeiffer autocast": {**_PFEIFFER, "autocast": "bf16"},
+    "pfeiffer accumulation": {**_PFEIFFER, "gradient_accumulation_steps": 4},
+    "pfeiffer, gpt2": _PFEIFFER,
+    "pfeiffer, gpt2 checkpointed": {**_PFEIFFER, **CHECKPOINTED},
+    "pfeiffer, mistral": _PFEIFFER,
+    "pfeiffer nf4": {
+        **_PFEIFFER, "quantization": {"name": "nf4", "prepare_kbit": False},
+    },
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
@@ -74,6 +102,12 @@ MODELS: Final[dict[str, str]] = {
     "embeddings only, tied": "starcoder2",
     "embeddings only, gpt2": "gpt2",
     "mlp only, qwen3": "qwen3",
+    "houlsby, gpt2": "gpt2",
+    "houlsby, gpt2 amp": "gpt2",
+    "houlsby, mistral padded": "mistral-window",
+    "pfeiffer, gpt2": "gpt2",
+    "pfeiffer, gpt2 checkpointed": "gpt2",
+    "pfeiffer, mistral": "mistral-window",
 }
 
-FAST: Final = frozenset({"last layers", "bitfit"})
+FAST: Final = frozenset({"last layers", "bitfit", "houlsby", "pfeiffer, gpt2"})
