@@ -12,6 +12,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import click
+import msgspec
 from click.core import ParameterSource
 from msgspec import NODEFAULT, Struct, structs
 
@@ -28,10 +29,12 @@ from estimator.section import Section
 from estimator.units import parse_size
 
 if TYPE_CHECKING:
-    # Newer versions of click have a generic type here, older ones at run time do not.
+    # Newer versions of click have generic types here, older ones at run time do not.
     ParamType = click.ParamType[Any, Any]
+    ChoiceType = click.Choice[str]
 else:
     ParamType = click.ParamType
+    ChoiceType = click.Choice
 
 
 class Flag(Struct, frozen=True):
@@ -178,6 +181,8 @@ def _leaves(
         members = tuple(_members(info.type))
         inner = [kind for kind in members if _is_section(kind)]
         own = None if info.default is NODEFAULT else info.default
+        if info.default_factory is not NODEFAULT:
+            own = info.default_factory()
         value = getattr(default, info.name, own)
         if not inner:
             types = tuple(kind for kind in members if kind is not type(None))
@@ -280,6 +285,45 @@ class Names(ParamType):
         return [name.strip() for name in str(value).split(",") if name.strip()]
 
 
+class Numbers(ParamType):
+    """Whole numbers separated by commas."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        """Return the list."""
+        try:
+            return [int(each) for each in str(value).split(",") if each.strip()]
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers such as 0,1,2", param, ctx)
+
+
+class JsonObject(ParamType):
+    """A JSON object, written out."""
+
+    name = "json"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, Any]:
+        """Return the object."""
+        try:
+            return msgspec.json.decode(str(value), type=dict[str, Any])
+        except msgspec.DecodeError:
+            self.fail(f'{value!r} is no JSON object such as {{"q_proj": 8}}', param, ctx)
+
+
+class SwitchOr(ChoiceType):
+    """A choice of words, `true` and `false` among them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the word, or the boolean."""
+        word: str = super().convert(value, param, ctx)
+        return {"true": True, "false": False}.get(word, word)
+
+
 def _click_type(pointer: str, field: Field) -> ParamType:
     literals = tuple(
         str(value)
@@ -288,8 +332,13 @@ def _click_type(pointer: str, field: Field) -> ParamType:
         for value in get_args(kind)
     )
     kinds = {get_origin(kind) or kind for kind in field.types}
+    if dict in kinds:
+        return JsonObject()
     if tuple in kinds:
-        return Names(literals)
+        counts = any(get_args(each)[:1] == (int,) for each in field.types)
+        return Numbers() if counts else Names(literals)
+    if bool in kinds:
+        return SwitchOr(("true", "false", *literals), case_sensitive=False)
     if literals:
         choices = dict.fromkeys(literals + _SHORT_CHOICES.get(pointer, ()))
         return click.Choice(tuple(choices), case_sensitive=False)
@@ -303,8 +352,8 @@ def _shown_default(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ",".join(value) or "none"
-    return "none" if value is None else str(value)
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None or value == {} else str(value)
 
 
 def request_options() -> list[click.Option]:
@@ -329,7 +378,7 @@ def _option(heading: str, flag: Flag, field: Field) -> click.Option:
     text = flag.help
     if flag.pointer != "/model":
         text = f"{text}  [default: {_shown_default(field.default)}]"
-    if bool in field.types:
+    if set(field.types) == {bool}:
         names = f"{flag.option}/--no-{flag.option.removeprefix('--')}"
         return GroupedOption([names], heading=heading, default=None, help=text)
     kind = _click_type(flag.pointer, field)

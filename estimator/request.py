@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
@@ -160,7 +161,7 @@ class Alias(NamedTuple):
     """A word for a method that says more than its name: knobs, or a quantization beside it."""
 
     method: str
-    knobs: dict[str, Any] = {}  # noqa: RUF012 - a default of a tuple is never written to
+    knobs: Mapping[str, Any] = {}
     quantization: str | None = None
 
 
@@ -170,6 +171,11 @@ METHOD_ALIASES: Final[dict[str, Alias]] = {
     "freeze": Alias("partial"),
     "double_seq_bn": Alias("houlsby_adapter"),
     "seq_bn": Alias("pfeiffer_adapter"),
+    "rslora": Alias("lora", {"use_rslora": True}),
+    "pissa": Alias("lora", {"init_lora_weights": "pissa"}),
+    "olora": Alias("lora", {"init_lora_weights": "olora"}),
+    "loftq": Alias("lora", {"init_lora_weights": "loftq"}, quantization="nf4"),
+    "lora+": Alias("lora", {"loraplus_lr_ratio": 16.0}),
 }
 
 # Other spellings of `activation_checkpointing`; a boolean means full or none.
@@ -212,8 +218,9 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
         rest = {key: item for key, item in optimizer.items() if key != "name"}
         out["optimizer"] = {**OPTIM_ALIASES.get(name, {"name": name}), **rest}
     software = out.get("software")
-    if isinstance(software, dict) and software.get("framework") in PROFILES:
-        newest = next(iter(PROFILES[software["framework"]]))
+    framework = software.get("framework") if isinstance(software, dict) else None
+    if isinstance(software, dict) and isinstance(framework, str) and framework in PROFILES:
+        newest = next(iter(PROFILES[framework]))
         out["software"] = {"version": newest, **software}
     for alias in CHECKPOINTING_ALIASES:
         if alias in out and "activation_checkpointing" not in out:

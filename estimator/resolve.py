@@ -11,12 +11,11 @@ from msgspec import structs
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.families import read_spec
 from estimator.model.forward import Settings
-from estimator.model.spec import ModelSpec
+from estimator.model.spec import Linear, ModelSpec
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest, Parallelism
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.execution import Attention, FullCheckpointing, Training
-from estimator.techniques.methods.lora import Lora
 from estimator.techniques.optimizers import OPTIMIZERS
 from estimator.techniques.precision import Precision
 from estimator.techniques.software import Software, profile
@@ -42,6 +41,7 @@ def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> R
     run = apply_all(_techniques(request, optimizer), bare)
     if run.spec.trainable_parameters() == 0:
         raise InvalidRequestError("nothing is trainable with this method and these targets")
+    _refuse_packed_training(run.spec)
     return run
 
 
@@ -52,6 +52,22 @@ def _read_model(request: EstimateRequest, config: Mapping[str, Any], name: str) 
         return read_spec(config, name)
     spec: ModelSpec = import_module(code).read(config, name)
     return spec
+
+
+def _refuse_packed_training(spec: ModelSpec) -> None:
+    """Refuse to train what is packed; PEFT would ask integers for a gradient."""
+    for module, _ in spec.module_counts():
+        if isinstance(module, Linear) and module.format is not None:
+            if module.trainable:
+                raise InvalidRequestError(
+                    f"{module.name} is quantized and cannot be trained in full; take it out of "
+                    "modules_to_save, or leave quantization out"
+                )
+            if module.trainable_bias and module.bias:
+                raise UnsupportedCombinationError(
+                    f"a trained bias of the quantized layer {module.name} has no sourced answer "
+                    "here yet; use bias 'none', or leave quantization out"
+                )
 
 
 def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
@@ -108,7 +124,6 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
 def _refuse_unsupported(request: EstimateRequest) -> None:
     """Refuse by name what the document can say and this version cannot answer."""
     default = Parallelism()
-    method = request.method
     refused = {
         f"task {request.task!r}": request.task not in ("sft", "pretrain"),
         f"activation_checkpointing {request.activation_checkpointing!r} "
@@ -128,8 +143,6 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1
         ),
-        "method.modules_to_save": isinstance(method, Lora) and bool(method.modules_to_save),
-        "method.bias": isinstance(method, Lora) and method.bias != "none",
     }
     for what, refuse in refused.items():
         if refuse:

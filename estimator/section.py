@@ -24,6 +24,10 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True):
 class Kind(Section, frozen=True, tag_field="name"):
     """A section that exists in several kinds; its `name` in the document says which."""
 
+    def __hash__(self) -> int:
+        """Hash what JSON would hold: a knob may be a dictionary."""
+        return hash(msgspec.json.encode(self, order="deterministic"))
+
     @property
     def name(self) -> str:
         """The name of this kind in the document."""

@@ -196,6 +196,26 @@ SOURCES: Final[dict[str, Source]] = {
         "Prefix-tuning: optimizing continuous prompts for generation",
         "https://arxiv.org/abs/2101.00190",
     ),
+    "kalajdzievski2023": Source(
+        "paper",
+        "A rank stabilization scaling factor for fine-tuning with LoRA",
+        "https://arxiv.org/abs/2312.03732",
+    ),
+    "hayou2024": Source(
+        "paper",
+        "LoRA+: efficient low rank adaptation of large models",
+        "https://arxiv.org/abs/2402.12354",
+    ),
+    "meng2024": Source(
+        "paper",
+        "PiSSA: principal singular values and singular vectors adaptation",
+        "https://arxiv.org/abs/2404.02948",
+    ),
+    "li2023loftq": Source(
+        "paper",
+        "LoftQ: LoRA-fine-tuning-aware quantization for large language models",
+        "https://arxiv.org/abs/2310.08659",
+    ),
     "micikevicius2018": Source(
         "paper", "Mixed precision training", "https://arxiv.org/abs/1710.03740"
     ),

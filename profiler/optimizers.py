@@ -33,7 +33,8 @@ def build(model: Any, request: EstimateRequest) -> Any:
         known = ", ".join(sorted(_BUILDERS))
         raise InvalidRequestError(f"unknown optimizer {asked.name!r}; known: {known}")
     build_one = _BUILDERS[asked.name]
-    groups = parameter_groups(model)
+    ratio = getattr(request.method, "loraplus_lr_ratio", None)
+    groups = parameter_groups(model) if ratio is None else _loraplus_groups(model, ratio)
     if asked.in_backward:
         return InBackward(groups, lambda alone: build_one(model, alone, asked))
     if request.precision == "master_bf16":
@@ -52,6 +53,20 @@ def parameter_groups(model: Any) -> list[dict[str, Any]]:
     return [
         {"params": [p for name, p in trainable if name in decayed], "weight_decay": 0.0},
         {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def _loraplus_groups(model: Any, ratio: float) -> list[dict[str, Any]]:
+    """Return the groups that PEFT's LoRA+ makes: A, embeddings, B, and what is not decayed."""
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.SGD, lr=LEARNING_RATE, loraplus_lr_ratio=ratio
+    )
+    return [
+        {"params": group["params"], "lr": group["lr"], "weight_decay": group["weight_decay"]}
+        for group in optimizer.param_groups
     ]
 
 

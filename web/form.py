@@ -7,11 +7,12 @@ the request's own models: `?model=gpt2&gpu=rtx-4090` says what `--model gpt2 --g
 from __future__ import annotations
 
 import difflib
+import json
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_origin
 from urllib.parse import urlencode
 
 import click
@@ -245,10 +246,16 @@ def _unknown_name(name: str, known: Iterable[str]) -> InvalidRequestError:
 def _leaves(value: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
     for name, item in value.items():
         pointer = f"{prefix}/{name}"
-        if isinstance(item, Mapping):
+        if isinstance(item, Mapping) and not _is_dictionary(pointer):
             yield from _leaves(item, pointer)
         else:
             yield pointer, item
+
+
+def _is_dictionary(pointer: str) -> bool:
+    """Whether a field is a dictionary itself, not a section with fields."""
+    field = request_fields().get(pointer)
+    return field is not None and any(get_origin(kind) is dict for kind in field.types)
 
 
 def _with_alias(document: dict[str, Any]) -> dict[str, Any]:
@@ -282,5 +289,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
-        return ",".join(value)
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return json.dumps(value) if value else ""
     return str(value)

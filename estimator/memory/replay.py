@@ -16,6 +16,7 @@ from estimator.eager.tensor import Regime
 from estimator.memory.caching_allocator import CachingAllocator, OutOfMemory
 from estimator.memory.standing import step_temporaries, trained_tensors
 from estimator.memory.trace import Recording, record
+from estimator.model.spec import held
 from estimator.run import Run
 from estimator.techniques.optimizers import states
 
@@ -71,7 +72,7 @@ def _loaded(run: Run) -> Iterator[int]:
     for index in spec.pattern:
         modules += spec.kinds[index].modules
     modules += [*spec.final, *(() if spec.tied else (spec.head,))]
-    weights = [weight for module in modules for weight in module.weights()]
+    weights = [weight for module in modules for weight in held(module)]
     yield from (weight.bytes for weight in weights)
     yield from (weight.bytes for weight in weights if weight.trainable and run.accumulates)
 

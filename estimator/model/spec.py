@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from estimator.dtypes import DType
 from estimator.eager import attention
@@ -103,12 +103,14 @@ class Module(Struct, frozen=True, eq=False, kw_only=True):
 
     Args:
         trainable_bias: the bias is trained, whether or not the rest is.
+        keeps_original: this is a trained copy, and the frozen original stays beside it.
     """
 
     name: str
     dtype: DType = DType.FLOAT32
     trainable: bool = True
     trainable_bias: bool = False
+    keeps_original: bool = False
 
     def weights(self) -> tuple[Weight, ...]:
         """Return the module's parameter tensors."""
@@ -192,6 +194,19 @@ class VirtualTokens(Module, frozen=True, eq=False, kw_only=True):
         return embedded
 
 
+def held(module: Module) -> tuple[Weight, ...]:
+    """Return the tensors of a module, those of the frozen original behind a trained copy too.
+
+    Source: peft, utils/other.py, ModulesToSaveWrapper.
+    """
+    if not module.keeps_original:
+        return module.weights()
+    original = replace(module, trainable=False, trainable_bias=False).weights()
+    source = Cite("peft", "utils/other.py, ModulesToSaveWrapper.update")
+    kept = (replace(each, name=f"original_module.{each.name}", source=source) for each in original)
+    return (*module.weights(), *kept)
+
+
 class LayerKind(Struct, frozen=True, eq=False):
     """One kind of decoder layer: its modules by name, and the shape of its attention.
 
@@ -244,6 +259,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
     Args:
         model_type: as `config.json` says.
         pattern: for each layer, the index of its kind.
+        layers_path: the dotted path of the list of layers.
         tied: the head shares its weight with the first embedding.
         max_positions: the longest sequence that a table of positions allows, if there is one.
         rotary_width: width of the rotary tables; 0 without rotary positions.
@@ -262,6 +278,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
     final: tuple[Module, ...]
     head: Linear
     tied: bool
+    layers_path: str = "model.layers"
     buffers: tuple[Buffer, ...] = ()
     max_positions: int | None = None
     rotary_width: int = 0
@@ -292,7 +309,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
     def tensors(self) -> Iterator[tuple[Module, Weight, int]]:
         """Yield every stored parameter tensor with its module and count; tied ones once."""
         for module, count in self.module_counts():
-            for weight in module.weights():
+            for weight in held(module):
                 yield module, weight, count
         if self.tied and self.head.adapter is not None:
             for weight in self.head.adapter.weights(self.head):
@@ -320,3 +337,53 @@ class ModelSpec(Struct, frozen=True, eq=False):
             final=tuple(change(each) for each in self.final),
             head=change(self.head),
         )
+
+    def map_paths(self, change: Callable[[Module, str], Module], *, every_layer: bool) -> ModelSpec:
+        """Return a copy with `change(module, its dotted path)` in place of each module.
+
+        Args:
+            every_layer: the number in the path matters; layers that come out different become
+                kinds of their own. Otherwise the first layer of a kind speaks for all.
+        """
+        stem = self.layers_path.rpartition(".")[0]
+        whole = replace(
+            self,
+            embeddings=tuple(change(each, f"{stem}.{each.name}") for each in self.embeddings),
+            final=tuple(change(each, f"{stem}.{each.name}") for each in self.final),
+            head=change(self.head, self.head.name),
+        )
+
+        def changed(index: int) -> LayerKind:
+            kind = self.kinds[self.pattern[index]]
+            stem = f"{self.layers_path}.{index}"
+            modules = (change(each, f"{stem}.{each.name}") for each in kind.modules)
+            return replace(kind, modules=tuple(modules))
+
+        if every_layer:
+            return _regrouped(whole, tuple(changed(index) for index in range(len(self.pattern))))
+        firsts = (self.pattern.index(number) for number in range(len(self.kinds)))
+        return replace(whole, kinds=tuple(changed(index) for index in firsts))
+
+
+def _regrouped(spec: ModelSpec, layers: tuple[LayerKind, ...]) -> ModelSpec:
+    """Return the model with these layers, alike ones of one kind.
+
+    Backward stops where nothing below is trained, so layers in front of the first trained tensor
+    and the first layer that has one are kinds of their own. So is a layer whose next one differs,
+    because the next one may keep its output.
+    """
+    reached = any(weight.trainable for each in spec.embeddings for weight in each.weights())
+    marks: list[Any] = []
+    for kind, layer in zip(spec.pattern, layers, strict=True):
+        marks.append((kind, reached, tuple(astuple(each) for each in layer.modules)))
+        reached = reached or any(
+            weight.trainable for each in layer.modules for weight in each.weights()
+        )
+    pairs = list(zip(marks, [*marks[1:], None], strict=True))
+    kinds = dict(zip(reversed(pairs), reversed(layers), strict=True))
+    order = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+    return replace(
+        spec,
+        kinds=tuple(kinds[pair] for pair in order),
+        pattern=tuple(order[pair] for pair in pairs),
+    )

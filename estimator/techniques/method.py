@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+import re
+from collections.abc import Callable, Iterable
+from typing import ClassVar, Literal, NamedTuple
 
+from msgspec import Struct
 from msgspec.structs import replace
 
-from estimator.errors import InvalidRequestError
+from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.spec import Adapter, LayerKind, Linear, ModelSpec, Module
 from estimator.run import Run
-from estimator.section import Kind
+from estimator.section import Kind, Names
 from estimator.sources import Cite
 from estimator.techniques.stage import Stage
 
@@ -40,17 +42,58 @@ class Method(Kind, frozen=True):
         raise NotImplementedError
 
 
-def target_matcher(targets: tuple[str, ...] | str, head: str) -> Callable[[str], bool]:
-    """Return the test for a targeted name: its own, or its end behind a dot, as in PEFT.
+class Targets(Struct, frozen=True):
+    """Which linear layers get an adapter, chosen by their dotted path as PEFT chooses them.
 
-    `all-linear` is every linear layer but the head.
+    `all-linear` is every linear layer but the head. A name stands for the layers that it ends the
+    path of, behind a dot.
 
     Source: peft, tuners/tuners_utils.py, check_target_module_exists and
     _maybe_include_all_linear_layers.
     """
-    if isinstance(targets, str):
-        return lambda name: name != head
-    return lambda name: any(name == each or name.endswith(f".{each}") for each in targets)
+
+    target_modules: Literal["all-linear"] | Names
+    exclude_modules: Names = ()
+    modules_to_save: Names = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: Names = ()
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether the number of a layer can decide."""
+        names = () if isinstance(self.target_modules, str) else self.target_modules
+        return bool(self.layers_to_transform) or _has_number(
+            (*names, *self.exclude_modules, *self.modules_to_save)
+        )
+
+    def match(self, path: str, head: str) -> bool:
+        """Whether the layer at a path is a target."""
+        if _ends_with(path, self.exclude_modules):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, str):
+            found = path != head
+        else:
+            found = _ends_with(path, self.target_modules)
+        return found and (not self.layers_to_transform or self._layer(path))
+
+    def _layer(self, path: str) -> bool:
+        """Whether the layer's number is one of those to transform."""
+        patterns = [rf"(?:^|.*?\.){each}\.(?P<idx>\d+)\." for each in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+            found = re.match(pattern, path)
+            if found:
+                return int(found["idx"]) in self.layers_to_transform
+        return False
+
+
+def _ends_with(path: str, names: Names) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _has_number(names: Iterable[str]) -> bool:
+    return any(part.isdigit() for name in names for part in name.split("."))
 
 
 def frozen(spec: ModelSpec) -> ModelSpec:
@@ -59,30 +102,129 @@ def frozen(spec: ModelSpec) -> ModelSpec:
 
 
 def adapted(
-    spec: ModelSpec, targets: tuple[str, ...] | str, adapter: Callable[[Linear], Adapter]
+    spec: ModelSpec,
+    targets: Targets | tuple[str, ...] | str,
+    adapter: Callable[[Linear], Adapter],
 ) -> ModelSpec:
     """Freeze every weight and put an adapter on each targeted linear layer.
 
     Raises:
         InvalidRequestError: the targets match no linear layer of the model, as PEFT refuses.
     """
-    head = spec.head.name
-    matches = target_matcher(targets, head)
-    linears = {each.name for each, _ in spec.module_counts() if isinstance(each, Linear)}
-    if not any(matches(name) for name in (*linears, head)):
-        known = sorted({name.rsplit(".", 1)[-1] for name in linears if name != head})
-        raise InvalidRequestError(
-            f"target_modules {list(targets)} match no linear layer of this "
-            f"{spec.model_type} model; it has {', '.join(known)}"
-        )
+    chosen = targets if isinstance(targets, Targets) else _targets(targets)
+    return adapted_by_path(spec, chosen, lambda linear, _: adapter(linear))
 
-    def adapt(module: Module) -> Module:
+
+def _targets(targets: tuple[str, ...] | str) -> Targets:
+    return Targets("all-linear" if isinstance(targets, str) else targets)
+
+
+def adapted_by_path(
+    spec: ModelSpec,
+    targets: Targets,
+    adapter: Callable[[Linear, str], Adapter],
+    *,
+    every_layer: bool = False,
+) -> ModelSpec:
+    """Freeze every weight and put an adapter on each target, given the layer and its path.
+
+    Args:
+        every_layer: the adapter depends on the number of the layer.
+
+    Raises:
+        InvalidRequestError: the targets match no linear layer of the model, as PEFT refuses.
+    """
+    head = spec.head.name
+    adapters = 0
+
+    def adapt(module: Module, path: str) -> Module:
+        nonlocal adapters
         frozen = replace(module, trainable=False)
-        if isinstance(frozen, Linear) and matches(frozen.name):
-            return replace(frozen, adapter=adapter(frozen))
+        if isinstance(frozen, Linear) and targets.match(path, head):
+            adapters += 1
+            return replace(frozen, adapter=adapter(frozen, path))
         return frozen
 
-    return spec.map_modules(adapt)
+    out = spec.map_paths(adapt, every_layer=every_layer or targets.names_layers)
+    if not adapters:
+        linears = {each.name for each, _ in spec.module_counts() if isinstance(each, Linear)}
+        known = sorted({name.rsplit(".", 1)[-1] for name in linears if name != head})
+        raise InvalidRequestError(
+            f"target_modules {_shown(targets.target_modules)} match no linear layer of this "
+            f"{spec.model_type} model{_in_layers(targets)}; it has {', '.join(known)}"
+        )
+    return out
+
+
+def _shown(targets: str | Names) -> str:
+    return targets if isinstance(targets, str) else str(list(targets))
+
+
+def _in_layers(targets: Targets) -> str:
+    if not targets.layers_to_transform:
+        return ""
+    return f" in layers_to_transform {list(targets.layers_to_transform)}"
+
+
+def saved(spec: ModelSpec, names: Names) -> ModelSpec:
+    """Train a copy of each named module in full; the frozen original stays beside it.
+
+    PEFT takes every module whose path ends with a name, dot or not. A tied head and embedding come
+    apart: each is copied for itself, and both share one original.
+
+    Raises:
+        UnsupportedCombinationError: a name that matches no single layer, norm or embedding.
+
+    Source: peft, utils/other.py, _set_trainable and ModulesToSaveWrapper.update.
+    """
+    if not names:
+        return spec
+    found: set[str] = set()
+
+    def save(module: Module, path: str) -> Module:
+        matching = [name for name in names if path.endswith(name)]
+        if not matching:
+            return module
+        found.update(matching)
+        return replace(module, trainable=True, keeps_original=True)
+
+    out = spec.map_paths(save, every_layer=_has_number(names))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UnsupportedCombinationError(
+            f"modules_to_save {missing} match no linear layer, norm or embedding of this "
+            f"{spec.model_type} model; name those themselves, such as {spec.head.name!r} or "
+            f"{spec.embeddings[0].name!r}"
+        )
+    return _untied(out) if out.tied else out
+
+
+def _untied(spec: ModelSpec) -> ModelSpec:
+    """Take a tied head and embedding apart where one of them is trained as a copy.
+
+    The one original is counted once: as the module that was not copied, if there is one.
+    """
+    table, head = spec.embeddings[0], spec.head
+    if not (table.keeps_original or head.keeps_original):
+        return spec
+    table = replace(table, keeps_original=table.keeps_original and head.keeps_original)
+    head = replace(head, keeps_original=False)
+    return replace(spec, tied=False, embeddings=(table, *spec.embeddings[1:]), head=head)
+
+
+def with_biases(spec: ModelSpec, which: Literal["none", "all", "lora_only"]) -> ModelSpec:
+    """Train biases beside the adapters: every one, or those of the layers that have an adapter.
+
+    Source: peft, tuners/tuners_utils.py, BaseTuner._mark_only_adapters_as_trainable.
+    """
+    if which == "none":
+        return spec
+
+    def train(module: Module, _: str) -> Module:
+        has_adapter = isinstance(module, Linear) and module.adapter is not None
+        return replace(module, trainable_bias=True) if which == "all" or has_adapter else module
+
+    return spec.map_paths(train, every_layer=False)
 
 
 class _Place(NamedTuple):

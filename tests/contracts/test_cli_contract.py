@@ -20,12 +20,15 @@ FROZEN_FLAGS = """
 --model --task
 --method --lora-r --lora-alpha --lora-dropout --target-modules --modules-to-save --lora-bias
 --adapter-dtype --quantization --double-quant --compute-dtype --prepare-kbit
---method-last-layers --method-modules --method-norms --method-biases --method-embeddings
---method-adapter-prompt-length --method-adapter-start-layer --method-num-virtual-tokens
---method-prompt-tuning-init --method-encoder-reparameterization-type
---method-encoder-hidden-size --method-prefix-projection --method-reduction-factor
---method-non-linearity --quantization-skip-modules --quantization-quant-storage
---quantization-threshold
+--method-exclude-modules --method-layers-to-transform --method-layers-pattern
+--method-rank-pattern --method-alpha-pattern --method-lora-bias --method-use-rslora
+--method-init-lora-weights --method-use-dora --method-trainable-token-indices
+--method-target-parameters --method-loraplus-lr-ratio --method-last-layers --method-modules
+--method-norms --method-biases --method-embeddings --method-adapter-prompt-length
+--method-adapter-start-layer --method-num-virtual-tokens --method-prompt-tuning-init
+--method-encoder-reparameterization-type --method-encoder-hidden-size --method-prefix-projection
+--method-reduction-factor --method-non-linearity --quantization-skip-modules
+--quantization-quant-storage --quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing

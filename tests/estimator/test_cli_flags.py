@@ -12,6 +12,7 @@ from estimator.flags import FLAGS, given_flags, overlay, parse_flagged, request_
 from estimator.request import (
     METHOD_ALIASES,
     METHODS,
+    QUANTIZATIONS,
     EstimateRequest,
     InlineModel,
     Section,
@@ -104,6 +105,22 @@ def test_the_default_in_the_help_is_that_of_the_request(option, default):
             {"method": {"name": "lora"}, "quantization": {"name": "nf4", "double_quant": False}},
         ),
         (
+            ["--method", "rslora"],
+            {"method": {"name": "lora", "use_rslora": True}},
+        ),
+        (
+            ["--method", "lora", "--method-layers-to-transform", "0,2"],
+            {"method": {"name": "lora", "layers_to_transform": [0, 2]}},
+        ),
+        (
+            ["--method", "lora", "--method-rank-pattern", '{"q_proj": 8}'],
+            {"method": {"name": "lora", "rank_pattern": {"q_proj": 8}}},
+        ),
+        (
+            ["--method", "lora", "--method-init-lora-weights", "false"],
+            {"method": {"name": "lora", "init_lora_weights": False}},
+        ),
+        (
             ["--optimizer", "adamw_torch_fused"],
             {"optimizer": {"name": "adamw", "implementation": "fused"}},
         ),
@@ -125,16 +142,18 @@ def _value_typed_for(option: click.Option) -> Any:
     kind = getattr(option.type, "inner", option.type)
     if isinstance(kind, click.Choice):
         return kind.choices[-1]
-    text = "0.5" if kind is click.FLOAT else "1"
+    text = {"float": "0.5", "json": '{"q_proj": 8}'}.get(kind.name, "1")
     return kind.convert(text, option, click.Context(click.Command("test")))
 
 
 @pytest.mark.parametrize(("flag", "option"), list(zip(FLAGS, request_options(), strict=True)))
 def test_every_flag_gives_a_value_that_the_request_accepts(flag, option):
     _, _, field = flag.pointer.rpartition("/")
-    takers = (kind().name for kind in METHODS if field in kind.__struct_fields__)
-    method = next(takers, "lora") if flag.pointer.startswith("/method/") else "lora"
-    chosen = {"/model": "gpt2", "/method/name": method, "/quantization/name": "nf4"}
+    methods = (kind().name for kind in METHODS if field in kind.__struct_fields__)
+    method = next(methods, "lora") if flag.pointer.startswith("/method/") else "lora"
+    formats = (kind().name for kind in QUANTIZATIONS if field in kind.__struct_fields__)
+    quantization = next(formats, "nf4") if flag.pointer.startswith("/quantization/") else "nf4"
+    chosen = {"/model": "gpt2", "/method/name": method, "/quantization/name": quantization}
     parse_flagged(overlay({}, {**chosen, flag.pointer: _value_typed_for(option)}), ())
 
 

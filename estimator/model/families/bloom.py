@@ -138,6 +138,7 @@ def read(config: Config) -> ModelSpec:
         final=(Norm(name="ln_f", width=hidden, bias=True),),
         head=Linear(name="lm_head", fan_in=hidden, fan_out=vocab),
         tied=config.flag("tie_word_embeddings", True),
+        layers_path="transformer.h",
         supports_sdpa=False,
         supports_flash=False,
         notes=config.notes,

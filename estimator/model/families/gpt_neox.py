@@ -116,6 +116,7 @@ def read(config: Config) -> ModelSpec:
         final=(Norm(name="final_layer_norm", width=hidden, bias=True),),
         head=Linear(name="lm_head", fan_in=hidden, fan_out=vocab),
         tied=config.flag("tie_word_embeddings", False),
+        layers_path="gpt_neox.layers",
         buffers=rotary_buffers(rotated),
         rotary_width=rotated,
         notes=config.notes,

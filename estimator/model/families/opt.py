@@ -131,6 +131,7 @@ def read(config: Config) -> ModelSpec:
         final=tuple(after),
         head=Linear(name="lm_head", fan_in=width, fan_out=vocab),
         tied=config.flag("tie_word_embeddings", True),
+        layers_path="model.decoder.layers",
         max_positions=positions,
         notes=config.notes,
     )

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Final, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
 from estimator.dtypes import DType
 from estimator.eager import ops
 from estimator.eager.size import dim
 from estimator.eager.tensor import Tensor
+from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.forward import Forward
 from estimator.model.spec import Linear, Weight, Wrapper
 from estimator.run import Run
 from estimator.section import Names
 from estimator.sources import Cite
-from estimator.techniques.method import Method, adapted
+from estimator.techniques.method import Method, Targets, adapted_by_path, saved, with_biases
+
+# How A and B may start, and who says so.
+_STARTS: Final[dict[str, Cite]] = {
+    "gaussian": Cite("peft", "tuners/lora/layer.py, LoraLayer.reset_lora_parameters"),
+    "olora": Cite("peft", "tuners/lora/layer.py, LoraLayer.olora_init"),
+    "orthogonal": Cite("peft", "tuners/lora/layer.py, LoraLayer.orthogonal_init"),
+    "pissa": Cite("meng2024", "section 3"),
+    "loftq": Cite("li2023loftq", "section 3.2"),
+}
+_RSLORA = Cite("kalajdzievski2023", "equation 7")
+_LORAPLUS = Cite("hayou2024", "algorithm 1")
+_BIAS = Cite("peft", "tuners/lora/layer.py, LoraLayer.update_layer, lora_bias")
 
 _PLAIN: Final = Wrapper()
 
@@ -26,26 +40,31 @@ class LoraAdapter(Struct, frozen=True):
 
     Args:
         dtype: how A and B are stored; None means as the base weights are.
+        bias: B has a bias of its own.
     """
 
     r: int
     dropout: float
     dtype: DType | None
+    bias: bool = False
 
     def weights(self, linear: Linear) -> tuple[Weight, ...]:
-        """Return A and B.
+        """Return A and B, and the bias of B if there is one.
 
         Shapes:
             A  [r, in]
             B  [out, r]
+            bias of B [out], with `lora_bias`
 
         Source: hu2021, section 4.1.
         """
         rank, stored = dim("r", self.r), self._stored(linear)
         source = Cite("hu2021", "section 4.1, W0 + BA")
+        bias = Weight("lora_B.bias", (linear.fan_out,), stored, True, source=_BIAS)
         return (
             Weight("lora_A.weight", (rank, linear.fan_in), stored, True, source=source),
             Weight("lora_B.weight", (linear.fan_out, rank), stored, True, source=source),
+            *((bias,) if self.bias else ()),
         )
 
     def _stored(self, linear: Linear) -> DType:
@@ -79,13 +98,14 @@ class LoraAdapter(Struct, frozen=True):
     def _update(
         self, run: Forward, linear: Linear, x: Tensor, out_dtype: DType, converts: str
     ) -> Tensor:
-        down, up = self.weights(linear)
+        down, up, *bias = self.weights(linear)
+        vector = run.param(linear.name, bias[0]) if bias else None
         with run.tape.module("lora_A"):
             hidden = ops.linear(
                 ops.dropout(x, self.dropout), run.param(linear.name, down), None, dim("r", self.r)
             )
         with run.tape.module("lora_B"):
-            update = ops.linear(hidden, run.param(linear.name, up), None, linear.fan_out)
+            update = ops.linear(hidden, run.param(linear.name, up), vector, linear.fan_out)
         if converts == "unscaled update":
             update = ops.cast(update, out_dtype)
         update = ops.scale(update, "scaled update")
@@ -102,12 +122,116 @@ class Lora(Method, frozen=True, tag="lora"):
     lora_alpha: Annotated[float, Meta(gt=0, le=1e9)] = 16.0
     lora_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     target_modules: Literal["all-linear"] | Names = "all-linear"
+    exclude_modules: Annotated[Names, Meta(description="Layers that get no adapter.")] = ()
     modules_to_save: Names = ()
+    layers_to_transform: Annotated[
+        tuple[int, ...], Meta(description="Numbers of the layers that get adapters; none: all.")
+    ] = ()
+    layers_pattern: Annotated[
+        Names, Meta(description="Name of the list of layers that the numbers count in.")
+    ] = ()
+    rank_pattern: Annotated[
+        dict[str, Annotated[int, Meta(ge=1, le=65_536)]],
+        Meta(description='Other ranks, by the end of the path: {"q_proj": 8}.'),
+    ] = field(default_factory=dict)
+    alpha_pattern: Annotated[
+        dict[str, float], Meta(description="Other scales by path; cost no memory.")
+    ] = field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: Annotated[bool, Meta(description="B has a bias of its own.")] = False
+    use_rslora: Annotated[bool, Meta(description="Scale by 1/sqrt(r); costs no memory.")] = False
+    init_lora_weights: Annotated[
+        bool | Literal["gaussian", "olora", "orthogonal", "pissa", "loftq"],
+        Meta(description="How A and B start; the steady step holds the same bytes."),
+    ] = True
+    use_dora: Annotated[bool, Meta(description="DoRA: a trained magnitude for each output.")] = (
+        False
+    )
+    trainable_token_indices: Annotated[
+        tuple[int, ...], Meta(description="Rows of the embedding that are trained.")
+    ] = ()
+    target_parameters: Annotated[
+        Names, Meta(description="Parameters, not modules, that get adapters.")
+    ] = ()
+    loraplus_lr_ratio: Annotated[
+        Annotated[float, Meta(gt=0, le=1e6)] | None,
+        Meta(description="LoRA+: learning rate of B over that of A."),
+    ] = None
     adapter_dtype: Literal["float32", "base"] = "float32"
+
+    @property
+    def singles_out_layers(self) -> bool:
+        """Whether layers are named by number, or by a pattern that may tell them apart.
+
+        A pattern is a regular expression: unless it is a plain name, it may.
+        """
+        plain = all(re.fullmatch(r"[A-Za-z_.]*", each) for each in self.rank_pattern)
+        return self._targets().names_layers or not plain
+
+    def _targets(self) -> Targets:
+        return Targets(
+            self.target_modules,
+            self.exclude_modules,
+            self.modules_to_save,
+            self.layers_to_transform,
+            self.layers_pattern,
+        )
 
     def apply(self, run: Run) -> Run:
         """Return the run with every weight frozen and an adapter on each target."""
+        self._refuse_contradictions()
         stored = DType.FLOAT32 if self.adapter_dtype == "float32" else None
-        adapter = LoraAdapter(self.r, self.lora_dropout, stored)
-        return replace(run, spec=adapted(run.spec, self.target_modules, lambda _: adapter))
+        targets = self._targets()
+
+        def adapter(_: Linear, path: str) -> LoraAdapter:
+            return LoraAdapter(self._rank(path), self.lora_dropout, stored, self.lora_bias)
+
+        spec = adapted_by_path(run.spec, targets, adapter, every_layer=self.singles_out_layers)
+        spec = with_biases(saved(spec, self.modules_to_save), self.bias)
+        return replace(run, spec=replace(spec, notes=(*spec.notes, *self._notes())))
+
+    def _refuse_contradictions(self) -> None:
+        """Refuse what PEFT refuses.
+
+        Source: peft, tuners/lora/config.py, LoraConfig.__post_init__.
+        """
+        for field_name in ("use_dora", "trainable_token_indices", "target_parameters"):
+            if getattr(self, field_name):
+                raise UnsupportedCombinationError(f"{field_name} has no sourced answer here yet")
+        by_number = bool(self.layers_to_transform)
+        if by_number and isinstance(self.target_modules, str):
+            raise InvalidRequestError(
+                "layers_to_transform needs target_modules by name, such as ['q_proj', 'v_proj']"
+            )
+        if self.layers_pattern and not by_number:
+            raise InvalidRequestError("layers_pattern needs layers_to_transform beside it")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise InvalidRequestError("lora_bias needs init_lora_weights true or false")
+
+    def _rank(self, path: str) -> int:
+        """Return the rank of the adapter at a path.
+
+        Source: peft, utils/other.py, get_pattern_key.
+        """
+        for pattern, rank in self.rank_pattern.items():
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return rank
+        return self.r
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if isinstance(self.init_lora_weights, str):
+            notes.append(
+                f"init_lora_weights {self.init_lora_weights!r} decides what A and B start from "
+                f"({_STARTS[self.init_lora_weights]}); the training step holds the same bytes as "
+                "with any other, and what the initialization itself needs before training is not "
+                "part of this answer"
+            )
+        if self.use_rslora:
+            notes.append(f"rsLoRA is another scale ({_RSLORA}); the bytes are those of LoRA")
+        if self.loraplus_lr_ratio is not None:
+            notes.append(
+                f"LoRA+ puts A and B into optimizer groups of their own ({_LORAPLUS}); the bytes "
+                "are those of LoRA"
+            )
+        return tuple(notes)
