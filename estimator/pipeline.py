@@ -23,6 +23,7 @@ from estimator.catalog import Gpu
 from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.allocator import charge
+from estimator.memory.loss import LOSSES
 from estimator.memory.replay import Blocks, blocks
 from estimator.memory.standing import managed_bytes
 from estimator.memory.timeline import Moment, Step, compile_step
@@ -115,6 +116,7 @@ class Engine:
             dequantizes=self.packs_weights and tokens > FUSED_4BIT_TOKENS,
             exceeds_window=any(max(seq_len, second) >= window for window in self.windows),
             several_rows=micro_batch_size > 1 or not self.multiplies_scores,
+            loss_rows=LOSSES[self.run.loss].rows(self.run.spec, tokens),
         )
 
     def read(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Reading:

@@ -16,6 +16,7 @@ from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest, Parallelism
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.execution import Attention, FullCheckpointing, Training
+from estimator.techniques.loss import FUSED_LOSSES
 from estimator.techniques.optimizers import OPTIMIZERS
 from estimator.techniques.precision import Precision
 from estimator.techniques.software import Software, profile
@@ -116,6 +117,8 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
     ]
     if request.quantization is not None:
         chosen.append(request.quantization)
+    if request.loss in FUSED_LOSSES:
+        chosen.append(FUSED_LOSSES[request.loss])
     if request.activation_checkpointing == "full":
         chosen.append(FullCheckpointing())
     return tuple(chosen)
@@ -133,7 +136,7 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
         f"attention {request.attention!r}": (
             request.attention not in ("eager", "sdpa", "flash_attention_2")
         ),
-        f"loss {request.loss!r}": request.loss != "standard",
+        f"loss {request.loss!r}": request.loss not in ("standard", *FUSED_LOSSES),
         f"kernels {list(request.kernels)}": bool(request.kernels),
         "packing": request.packing,
         "optimizer.in_backward with precision 'master_bf16'": (

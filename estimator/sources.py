@@ -152,6 +152,16 @@ SOURCES: Final[dict[str, Source]] = {
         "bitsandbytes 0.50.2, 4-bit and 8-bit layers, 8-bit optimizers",
         "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes",
     ),
+    "liger": Source(
+        "code",
+        "Liger-Kernel 0.8.5, Triton kernels and the functions around them",
+        "https://github.com/linkedin/Liger-Kernel/blob/v0.8.5/src/liger_kernel",
+    ),
+    "cut-cross-entropy": Source(
+        "code",
+        "cut-cross-entropy 25.1.1, linear cross entropy without logits",
+        "https://pypi.org/project/cut-cross-entropy/25.1.1/#files",
+    ),
     "flash-attention": Source(
         "code",
         "FlashAttention 2, CUDA host code",

@@ -54,6 +54,26 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def ceil_div(value: int, divisor: int) -> int:
+    """Divide and round up.
+
+    Example:
+        >>> ceil_div(13, 4)
+        4
+    """
+    return -(-value // divisor)
+
+
+def next_power_of_2(value: int) -> int:
+    """Return the smallest power of two that is not below `value`.
+
+    Example:
+        >>> next_power_of_2(135), next_power_of_2(256)
+        (256, 256)
+    """
+    return 1 << (value - 1).bit_length()
+
+
 def gib(value: int) -> str:
     """Write bytes as people read them: GiB, two decimals.
 

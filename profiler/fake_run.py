@@ -118,7 +118,7 @@ def _traced(
         quantized.on_cuda(),
         _refusals(),
     ):
-        job = workload.start(model, request, "cpu")
+        job = workload.start(model, request, "cpu", capability)
         meter = Meter(
             layers=layers,
             workspaces=Workspaces(capability, multiprocessors, constants.cublas_workspace),

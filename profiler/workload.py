@@ -8,7 +8,6 @@ twice. The order of events is that of the Hugging Face Trainer (`Trainer.trainin
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from estimator.errors import (
     UnsupportedModelError,
 )
 from estimator.request import EstimateRequest
-from profiler import methods, optimizers, quantized, trace
+from profiler import losses, methods, optimizers, quantized, trace
 from profiler.placement import place
 
 PhaseCallback = Callable[[str], None]
@@ -62,12 +61,14 @@ class Workload:
         optimizer: ready to step; its states are born in the first step.
         request: what was asked.
         device: where its tensors live.
+        compute_capability: of the GPU; some libraries choose their path by it.
     """
 
     model: Any
     optimizer: Any
     request: EstimateRequest
     device: str
+    compute_capability: tuple[int, int] = (8, 0)
 
     def step(self, phase: PhaseCallback) -> None:
         """Run one optimizer step: all its micro-batches, the update, and the clearing of gradients.
@@ -81,7 +82,7 @@ class Workload:
             batch(self.request, self.device)
             for _ in range(self.request.gradient_accumulation_steps)
         ]
-        with _loss_phase(self.model, phase):
+        with losses.of(self.request).running(self.model, phase, self.compute_capability):
             for inputs in batches[:_MICRO_STEPS]:
                 self._micro_step(inputs, phase)
         phase(trace.OPTIMIZER_STEP)
@@ -120,6 +121,7 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
     """
     refuse_unsupported(request)
     model = bare_model(request, config)
+    losses.of(request).fit(model)
     model.config.use_cache = request.loop.use_cache
     if request.quantization is not None:
         model = _quantized(model, request)
@@ -134,13 +136,19 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
     return model
 
 
-def start(model: Any, request: EstimateRequest, device: str) -> Workload:
+def start(
+    model: Any,
+    request: EstimateRequest,
+    device: str,
+    compute_capability: tuple[int, int] = (8, 0),
+) -> Workload:
     """Give a meta model its storage and its optimizer.
 
     Args:
         model: from `meta_model`.
         request: the request that it was built for.
         device: where the tensors live; inside a fake tensor mode, `cpu`.
+        compute_capability: of the GPU that is run on, or imitated.
     """
     place(model, device)
     _wrap_autocast(model, autocast_dtype(request), device)
@@ -149,6 +157,7 @@ def start(model: Any, request: EstimateRequest, device: str) -> Workload:
         optimizer=optimizers.build(model, request),
         request=request,
         device=device,
+        compute_capability=compute_capability,
     )
 
 
@@ -179,7 +188,7 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         "task": (request.task, ("sft", "pretrain")),
         "activation_checkpointing": (request.activation_checkpointing, ("none", "full")),
         "attention": (request.attention, ("eager", "sdpa", "flash_attention_2")),
-        "loss": (request.loss, ("standard",)),
+        "loss": (request.loss, tuple(losses.LOSSES)),
         "kernels": (request.kernels, ((),)),
         "packing": (request.packing, (False,)),
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
@@ -336,20 +345,3 @@ def _wrap_autocast(model: Any, dtype: str | None, device: str) -> None:
     torch, accelerate = _import("torch"), _import("accelerate.utils")
     context = torch.autocast(device_type=device.split(":")[0], dtype=getattr(torch, dtype))
     model.forward = accelerate.convert_outputs_to_fp32(context(model.forward))
-
-
-@contextlib.contextmanager
-def _loss_phase(model: Any, phase: PhaseCallback) -> Iterator[None]:
-    """Announce the moment at which the model's own loss function begins."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    loss_function = base.loss_function
-
-    def announced(*args: Any, **kwargs: Any) -> Any:
-        phase(trace.LOSS_FORWARD)
-        return loss_function(*args, **kwargs)
-
-    base.loss_function = announced
-    try:
-        yield
-    finally:
-        base.loss_function = loss_function

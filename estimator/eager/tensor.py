@@ -203,12 +203,14 @@ class Regime(NamedTuple):
         dequantizes: more tokens than bitsandbytes multiplies without dequantizing.
         exceeds_window: the length is beyond the sliding window of some layers.
         several_rows: more than one sequence, so that batched products copy what lies by token.
+        loss_rows: tokens in one chunk of a fused loss; None where one chunk holds them all.
     """
 
     sorts_embedding_gradient: bool = True
     dequantizes: bool = True
     exceeds_window: bool = False
     several_rows: bool = True
+    loss_rows: int | None = None
 
 
 class Tape:

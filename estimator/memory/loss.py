@@ -1,4 +1,4 @@
-"""The standard loss of causal language models, as each version of transformers writes it."""
+"""The losses of causal language models: transformers' own, version by version, and fused ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from msgspec import Struct
 from estimator.eager import ops
 from estimator.eager.size import BATCH, SEQ, Dim
 from estimator.eager.tensor import Tensor, view
+from estimator.memory.fused_loss import CutCrossEntropy, FusedLinear, FusedLoss
 from estimator.model.litgpt import ChunkedLoss
+from estimator.model.spec import ModelSpec
 
 
 class Loss(Struct, frozen=True):
@@ -23,6 +25,9 @@ class Loss(Struct, frozen=True):
 
     upcasts_outputs: bool
     shifts_logits: bool
+
+    def rows(self, spec: ModelSpec, tokens: int) -> None:
+        """Return None: the logits of all tokens exist at once."""
 
     def outputs(self, logits: Tensor) -> Tensor:
         """Return the logits that the model's outputs hold."""
@@ -51,9 +56,11 @@ class Loss(Struct, frozen=True):
 # shifts the labels. transformers 4.46.3 and 4.48.1: the same function copies
 # `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
 # LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
-LOSSES: Final[dict[str, Loss | ChunkedLoss]] = {
+LOSSES: Final[dict[str, Loss | ChunkedLoss | FusedLoss]] = {
     "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
     "transformers-4": Loss(upcasts_outputs=False, shifts_logits=True),
     "transformers-4.45": Loss(upcasts_outputs=True, shifts_logits=True),
     "litgpt": ChunkedLoss(),
+    "fused_linear": FusedLinear(),
+    "cut_cross_entropy": CutCrossEntropy(),
 }

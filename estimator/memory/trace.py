@@ -28,6 +28,7 @@ from estimator.eager.tensor import (
     TensorKind,
     view,
 )
+from estimator.memory.fused_loss import FusedLoss
 from estimator.memory.loss import LOSSES
 from estimator.memory.unroll import NotPeriodicError, shorten, unroll
 from estimator.memory.updates import updater
@@ -226,11 +227,19 @@ def _forward(
     forward.enter(last + 1, (spec.head,))
     if spec.tied:
         forward.tie(spec.head.name, spec.embeddings[0].name)
-    logits = LOSSES[run.loss].outputs(family.logits(forward, hidden))
+    how = LOSSES[run.loss]
+    if isinstance(how, FusedLoss):
+        alive = dict(tape.live)
+        tape.enter(last + 2)
+        with tape.module("loss"):
+            loss = how(forward, hidden, forward.caller_names.get("labels", batch[2]))
+        forward.caller_names.clear()
+        return loss, _Outputs([], alive)
+    logits = how.outputs(family.logits(forward, hidden))
     alive = dict(tape.live)
     tape.enter(last + 2)
     with tape.module("loss"):
-        loss = LOSSES[run.loss](logits, forward.caller_names.get("labels", batch[2]), spec.vocab)
+        loss = how(logits, forward.caller_names.get("labels", batch[2]), spec.vocab)
     forward.caller_names.clear()
     held = [logits]
     if run.autocast is not None:

@@ -175,6 +175,9 @@ class ChunkedLoss:
     Source: litgpt, lit_gpt/utils.py, chunked_cross_entropy.
     """
 
+    def rows(self, spec: ModelSpec, tokens: int) -> None:
+        """Return None: the chunks of all tokens exist at once."""
+
     def outputs(self, logits: Tensor) -> Tensor:
         """Return the logits that the loop holds."""
         return logits

@@ -14,8 +14,9 @@ class Stage(IntEnum):
     ADAPT = 1
     STORE = 2
     KERNEL = 3
-    TRAIN = 4
-    CHECKPOINT = 5
+    HEAD = 4
+    TRAIN = 5
+    CHECKPOINT = 6
 
 
 class Technique(Protocol):

@@ -1,0 +1,63 @@
+"""Losses that take the place of the model's own head and loss."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from estimator.errors import UnsupportedCombinationError
+from estimator.run import Run
+from estimator.techniques.stage import Stage
+
+
+class Fused(Struct, frozen=True):
+    """A loss on hidden states and the head's weight.
+
+    Args:
+        name: as the request and `estimator/memory/loss.py` call it.
+        library: who wrote it.
+        model_types: the models whose forward the library replaces; None for any.
+    """
+
+    stage: ClassVar[Stage] = Stage.HEAD
+    name: str
+    library: str
+    model_types: frozenset[str] | None = None
+
+    def apply(self, run: Run) -> Run:
+        """Put the loss into the run.
+
+        Raises:
+            UnsupportedCombinationError: the library does not patch this model, or the head is more
+                than a plain weight, which the library would read past.
+        """
+        head, model_type = run.spec.head, run.spec.model_type
+        if not run.loss.startswith("transformers"):
+            raise UnsupportedCombinationError(
+                f"loss {self.name!r} takes the place of transformers' own, and {run.loss} "
+                "has another; use loss 'standard' with it"
+            )
+        if self.model_types is not None and model_type not in self.model_types:
+            raise UnsupportedCombinationError(
+                f"{self.library} has no loss {self.name!r} for {model_type} models; use 'chunked' "
+                "or 'standard'"
+            )
+        if head.adapter is not None or head.format is not None or head.bias:
+            raise UnsupportedCombinationError(
+                f"loss {self.name!r} reads nothing of the head but its weight, and that of this "
+                "run has an adapter, a quantized weight or a bias; use loss 'standard'"
+            )
+        return replace(run, loss=self.name)
+
+
+# monkey_patch.py of Liger, MODEL_TYPE_TO_APPLY_LIGER_FN, as far as our families go.
+_LIGER_MODELS: Final = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"}
+)
+
+FUSED_LOSSES: Final[dict[str, Fused]] = {
+    "fused_linear": Fused("fused_linear", "Liger", _LIGER_MODELS),
+    "cut_cross_entropy": Fused("cut_cross_entropy", "cut-cross-entropy"),
+}

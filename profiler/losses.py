@@ -1,0 +1,179 @@
+"""How a real model computes its loss: its own head and loss, or a function that takes both.
+
+The functions are those of the libraries themselves, run without their kernels. Each replaces
+`forward` of the model on the meta device, as the library's own patch does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any, Final
+from unittest import mock
+
+from estimator.errors import UnsupportedCombinationError
+from estimator.request import EstimateRequest
+from profiler import trace, without_kernels
+from profiler.without_kernels import Library, OnCuda
+
+PhaseCallback = Callable[[str], None]
+
+
+class ModelsOwn:
+    """Logits and `loss_function`, as transformers' model classes write them."""
+
+    def fit(self, model: Any) -> None:
+        """Leave the model as it is."""
+
+    @contextlib.contextmanager
+    def running(
+        self, model: Any, phase: PhaseCallback, compute_capability: tuple[int, int]
+    ) -> Iterator[None]:
+        """Announce the moment at which the model's own loss function begins."""
+        base = _base(model)
+        loss_function = base.loss_function
+
+        def announced(*args: Any, **kwargs: Any) -> Any:
+            phase(trace.LOSS_FORWARD)
+            return loss_function(*args, **kwargs)
+
+        base.loss_function = announced
+        try:
+            yield
+        finally:
+            base.loss_function = loss_function
+
+
+class FusedLinear:
+    """Liger's loss, as `use_liger_kernel` puts it into the model and without its other kernels.
+
+    Source: liger_kernel/transformers/monkey_patch.py, `_apply_liger_kernel_to_instance`.
+    """
+
+    @property
+    def library(self) -> Library:
+        """Liger without its kernels."""
+        return without_kernels.library("liger_kernel", "transformers.monkey_patch")
+
+    def fit(self, model: Any) -> None:
+        """Replace the model's forward by the one that hands hidden states to the loss.
+
+        Raises:
+            UnsupportedCombinationError: Liger has no such forward for this model.
+        """
+        with self.library.present():
+            patches = self.library["transformers.monkey_patch"].MODEL_TYPE_TO_APPLY_LIGER_FN
+            patch = patches.get(model.config.model_type)
+            if patch is None:
+                raise UnsupportedCombinationError(
+                    f"Liger has no fused linear loss for {model.config.model_type} models"
+                )
+            kernels = [name for name in _LIGER_KERNELS if name in _parameters(patch)]
+            patch(model=model, fused_linear_cross_entropy=True, **dict.fromkeys(kernels, False))
+
+    @contextlib.contextmanager
+    def running(
+        self, model: Any, phase: PhaseCallback, compute_capability: tuple[int, int]
+    ) -> Iterator[None]:
+        """Announce the loss, and let its code believe that it runs on a GPU."""
+        library = self.library
+        ops = library["ops.fused_linear_cross_entropy"]
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(library.present())
+            for module in library.holding("LigerForCausalLMLoss"):
+                _wrap(patches, module, "LigerForCausalLMLoss", before=phase)
+            for name in ("forward", "backward"):
+                name = f"fused_linear_cross_entropy_{name}"
+                _wrap(patches, ops, name, inside=lambda: OnCuda("liger_kernel", compute_capability))
+            yield
+
+
+class CutCrossEntropy:
+    """Apple's loss on hidden states, as its patch of transformers' models calls it.
+
+    Source: ml-cross-entropy, transformers/llama.py and transformers/utils.py, apply_lce.
+    """
+
+    @property
+    def library(self) -> Library:
+        """The package without its kernels."""
+        return without_kernels.library("cut_cross_entropy", "linear_cross_entropy")
+
+    def fit(self, model: Any) -> None:
+        """Replace the model's forward by one that hands hidden states to the loss."""
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        function = self.library["linear_cross_entropy"]
+
+        def forward(self: Any, labels: Any, **inputs: Any) -> Any:
+            hidden_states = getattr(self, self.base_model_prefix)(**inputs)[0]
+            weight = self.get_output_embeddings().weight
+            if hidden_states.dtype.itemsize != _HALF:
+                raise UnsupportedCombinationError(
+                    "the backward of cut_cross_entropy takes bf16 and fp16 hidden states only"
+                )
+            loss = function.linear_cross_entropy(
+                hidden_states, weight, labels, softcap=softcap, shift=True
+            )
+            return {"loss": loss}
+
+        model.forward = MethodType(forward, model)
+
+    @contextlib.contextmanager
+    def running(
+        self, model: Any, phase: PhaseCallback, compute_capability: tuple[int, int]
+    ) -> Iterator[None]:
+        """Announce the loss."""
+        library = self.library
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(library.present())
+            _wrap(patches, library["linear_cross_entropy"], "linear_cross_entropy", before=phase)
+            yield
+
+
+LOSSES: Final[dict[str, Any]] = {
+    "standard": ModelsOwn(),
+    "fused_linear": FusedLinear(),
+    "cut_cross_entropy": CutCrossEntropy(),
+}
+
+# Bytes of a number of half precision.
+_HALF: Final = 2
+
+# What `apply_liger_kernel_to_*` patches beside the loss.
+_LIGER_KERNELS: Final = ("rope", "rms_norm", "swiglu", "geglu", "layer_norm", "cross_entropy")
+
+
+def of(request: EstimateRequest) -> Any:
+    """Return how the model of a request computes its loss."""
+    return LOSSES[request.loss]
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _parameters(function: Callable[..., Any]) -> Any:
+    import inspect
+
+    return inspect.signature(function).parameters
+
+
+def _wrap(
+    patches: contextlib.ExitStack,
+    module: Any,
+    name: str,
+    *,
+    before: PhaseCallback | None = None,
+    inside: Callable[[], Any] = contextlib.nullcontext,
+) -> None:
+    """Announce a function where it begins, and run it inside a context, until the stack closes."""
+    function = getattr(module, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(trace.LOSS_FORWARD)
+        with inside():
+            return function(*args, **kwargs)
+
+    patches.enter_context(mock.patch.object(module, name, wrapped))

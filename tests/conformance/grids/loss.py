@@ -1,0 +1,61 @@
+"""Losses that take hidden states, and kernels that replace parts of the model."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+_FULL: Final[dict[str, Any]] = {"optimizer": "adamw_torch"}
+_LORA: Final[dict[str, Any]] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.0}}
+_QLORA: Final[dict[str, Any]] = {
+    "method": {"name": "lora", "r": 12, "lora_dropout": 0.05},
+    "quantization": {"name": "nf4"},
+    "autocast": "bf16",
+}
+_CHECKPOINTED: Final[dict[str, Any]] = {"activation_checkpointing": "full"}
+_FUSED: Final[dict[str, Any]] = {"loss": "fused_linear"}
+_CUT: Final[dict[str, Any]] = {"loss": "cut_cross_entropy"}
+
+RECIPES: Final[dict[str, dict[str, Any]]] = {
+    "fused_linear": {**_FULL, **_FUSED},
+    "fused_linear fp32": {**_FULL, **_FUSED, "precision": "fp32"},
+    "fused_linear amp_bf16": {**_FULL, **_FUSED, "precision": "amp_bf16"},
+    "fused_linear amp_fp16": {**_FULL, **_FUSED, "precision": "amp_fp16"},
+    "fused_linear lora checkpointed": {**_LORA, **_CHECKPOINTED, **_FUSED},
+    "fused_linear lora fp32": {**_LORA, **_FUSED, "precision": "fp32"},
+    "fused_linear qlora checkpointed": {**_QLORA, **_CHECKPOINTED, **_FUSED},
+    "fused_linear tied head": {**_FULL, **_FUSED},
+    "fused_linear tied head, amp checkpointed": {
+        **_FULL, **_FUSED, **_CHECKPOINTED, "precision": "amp_bf16",
+    },
+    "fused_linear capped logits": {**_FULL, **_FUSED},
+    "fused_linear accumulation padded": {
+        **_FULL, **_FUSED, "gradient_accumulation_steps": 3, "padding": True,
+    },
+    "fused_linear one chunk": {**_FULL, **_FUSED, "micro_batch_size": 1, "seq_len": 13},
+    "fused_linear outputs kept": {**_FULL, **_FUSED, "loop": {"keep_outputs": True}},
+    "cut_cross_entropy": {**_FULL, **_CUT},
+    "cut_cross_entropy fp16 checkpointed": {
+        **_FULL, **_CUT, **_CHECKPOINTED, "precision": "fp16",
+    },
+    "cut_cross_entropy lora checkpointed": {**_LORA, **_CHECKPOINTED, **_CUT},
+    "cut_cross_entropy tied head": {**_FULL, **_CUT},
+    "cut_cross_entropy capped logits": {**_FULL, **_CUT, **_CHECKPOINTED},
+    "cut_cross_entropy autocast over bf16": {**_FULL, **_CUT, "autocast": "bf16"},
+    "cut_cross_entropy adafactor checkpointed": {
+        "optimizer": "adafactor", **_CUT, **_CHECKPOINTED, "autocast": "bf16",
+    },
+}  # fmt: skip
+
+MODELS: Final[dict[str, str]] = {
+    "fused_linear lora checkpointed": "qwen2",
+    "fused_linear tied head": "llama-tied",
+    "fused_linear tied head, amp checkpointed": "qwen2",
+    "fused_linear capped logits": "gemma2",
+    "fused_linear accumulation padded": "mistral-window",
+    "cut_cross_entropy lora checkpointed": "qwen3",
+    "cut_cross_entropy tied head": "qwen2",
+    "cut_cross_entropy capped logits": "gemma2",
+    "cut_cross_entropy fp16 checkpointed": "gpt2",
+}
+
+FAST: Final = frozenset({"fused_linear", "fused_linear amp_bf16", "cut_cross_entropy"})
