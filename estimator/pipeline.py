@@ -258,6 +258,7 @@ def answer(
     peak = max(highest, key=view.allocated)
     allocated = allocated_range(view.allocated(peak))
     reserved = reserved_range(max(replayed.reserved, allocated.expected))
+    pinned = engine.step(b, s).pinned_bytes(powers(b, s))
     spec = engine.run.spec
     total = spec.total_parameters()
     software = profile(request.software.framework, request.software.version)
@@ -274,7 +275,7 @@ def answer(
             reserved_bytes=reserved,
             device_used_bytes=device_used_range(reserved, device.constants, engine.managed),
             needed_bytes=needed,
-            host_bytes=Range(0, 0, 0),
+            host_bytes=Range(pinned, pinned, pinned),
         ),
         capacity=device.capacity,
         breakdown=view.breakdown(peak),
@@ -293,7 +294,7 @@ def answer(
 
 MODELLED_STACK = "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2"
 NOT_MODELLED = (
-    "host memory",
+    "host memory, but for activations that are moved there",
     "evaluation, saving and merging",
     "the requested confidence: the ranges are priors, and no coverage is promised yet",
 )

@@ -15,15 +15,17 @@ from estimator.model.spec import Linear, ModelSpec
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest, Parallelism
 from estimator.run import OptimizerChoice, Run
-from estimator.techniques.execution import Attention, FullCheckpointing, Training
+from estimator.techniques.execution import (
+    ActivationCheckpointing,
+    Attention,
+    Training,
+    parse_checkpointing,
+)
 from estimator.techniques.loss import FUSED_LOSSES
 from estimator.techniques.optimizers import OPTIMIZERS
 from estimator.techniques.precision import Precision
 from estimator.techniques.software import Software, profile
 from estimator.techniques.stage import Technique, apply_all
-
-CHECKPOINTING: Final = ("none", "full")
-"""The kinds of activation checkpointing that have an answer."""
 
 
 def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> Run:
@@ -113,14 +115,16 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
             micro_batches=request.gradient_accumulation_steps,
             keeps_outputs=request.loop.keep_outputs,
             use_cache=request.loop.use_cache,
+            set_to_none=request.loop.set_to_none,
         ),
     ]
     if request.quantization is not None:
         chosen.append(request.quantization)
     if request.loss in FUSED_LOSSES:
         chosen.append(FUSED_LOSSES[request.loss])
-    if request.activation_checkpointing == "full":
-        chosen.append(FullCheckpointing())
+    checkpointing = parse_checkpointing(request.activation_checkpointing)
+    if checkpointing is not None:
+        chosen.append(ActivationCheckpointing(checkpointing))
     return tuple(chosen)
 
 
@@ -129,10 +133,6 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
     default = Parallelism()
     refused = {
         f"task {request.task!r}": request.task not in ("sft", "pretrain"),
-        f"activation_checkpointing {request.activation_checkpointing!r} "
-        f"(known: {', '.join(CHECKPOINTING)})": (
-            request.activation_checkpointing not in CHECKPOINTING
-        ),
         f"attention {request.attention!r}": (
             request.attention not in ("eager", "sdpa", "flash_attention_2")
         ),
@@ -142,7 +142,6 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
         "optimizer.in_backward with precision 'master_bf16'": (
             request.optimizer.in_backward and request.precision == "master_bf16"
         ),
-        "loop.set_to_none=false": not request.loop.set_to_none,
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from estimator.dtypes import DType
+from estimator.eager.checkpoint import Checkpointing
 from estimator.model.forward import Settings
 from estimator.model.spec import ModelSpec
 from estimator.optimizer import Optimizer
@@ -35,9 +36,11 @@ class Run(Struct, frozen=True):
     Args:
         spec: the model, with its weights' types, formats and adapters set.
         autocast: the type that autocast casts to, or None.
-        checkpointing: every decoder layer is recomputed in backward.
+        checkpointing: how the step recomputes, or None.
+        reentrant: plain checkpointing is torch's older implementation, as transformers 4 had it.
         micro_batches: forward and backward passes before one optimizer step.
         keeps_outputs: the loop holds the model's outputs until backward has ended.
+        keeps_gradients: gradients are set to zero after a step and not freed.
         input_requires_grad: the embeddings' output is made to want a gradient.
         loss: which version of the standard loss runs.
         prompt_tokens: virtual tokens that are put before the text, so that all layers see them.
@@ -48,9 +51,11 @@ class Run(Struct, frozen=True):
     settings: Settings
     optimizer: OptimizerChoice
     autocast: DType | None = None
-    checkpointing: bool = False
+    checkpointing: Checkpointing | None = None
+    reentrant: bool = False
     micro_batches: int = 1
     keeps_outputs: bool = False
+    keeps_gradients: bool = False
     input_requires_grad: bool = False
     loss: str = "transformers-5"
     prompt_tokens: int = 0
@@ -62,5 +67,5 @@ class Run(Struct, frozen=True):
 
     @property
     def accumulates(self) -> bool:
-        """Whether gradients of earlier micro-batches are there while a later one runs."""
-        return self.micro_batches > 1
+        """Whether gradients are there already while a forward and a backward pass run."""
+        return self.micro_batches > 1 or self.keeps_gradients

@@ -54,6 +54,32 @@ SOURCES: Final[dict[str, Source]] = {
         "PyTorch 2.13.0, activation checkpointing",
         f"{_TORCH}/torch/utils/checkpoint.py",
     ),
+    "torch-autograd-graph": Source(
+        "code",
+        "PyTorch 2.13.0, hooks on saved tensors",
+        f"{_TORCH}/torch/autograd/graph.py",
+    ),
+    "torch-copy": Source(
+        "code",
+        "PyTorch 2.13.0, copies between devices",
+        f"{_TORCH}/aten/src/ATen/native/cuda/Copy.cu",
+    ),
+    "torch-pinned": Source(
+        "code",
+        "PyTorch 2.13.0, allocator of pinned host memory",
+        f"{_TORCH}/aten/src/ATen/core/CachingHostAllocator.h",
+    ),
+    "torchtitan": Source(
+        "code",
+        "torchtitan at commit cfb932651530, selective activation checkpointing",
+        "https://github.com/pytorch/torchtitan/blob/cfb93265153094f99736547f26b5346410181102/"
+        "torchtitan/distributed/activation_checkpoint.py",
+    ),
+    "korthikanti2022": Source(
+        "paper",
+        "Reducing activation recomputation in large transformer models",
+        "https://arxiv.org/abs/2205.05198",
+    ),
     "torch-sdpa": Source(
         "code",
         "PyTorch 2.13.0, scaled dot product attention",

@@ -13,6 +13,7 @@ import torch
 
 from estimator.units import round_up
 from profiler import quantized
+from profiler.checkpointing import TO_DEVICE, TO_HOST
 
 aten = torch.ops.aten
 
@@ -40,6 +41,8 @@ class Kernels:
             aten._flash_attention_forward.default: self._flash_package,
             aten._flash_attention_backward.default: self._flash_backward,
             aten.native_layer_norm.default: self._layer_norm,
+            TO_HOST: self._to_host,
+            TO_DEVICE: self._to_device,
         }
 
     def get(self, func: Any) -> Callable[..., Any]:
@@ -117,6 +120,14 @@ class Kernels:
             *outer, width = attn_bias.shape
             bias = attn_bias.new_empty(*outer, round_up(width, 16))[..., :width]
         return (*gradients, bias)
+
+    def _to_host(self, tensor: Any) -> Any:
+        """Follow pack_to_cpu of torch/autograd/graph.py, save_on_cpu: contiguous, pinned."""
+        return self._host(tensor.new_empty(tensor.shape))
+
+    def _to_device(self, tensor: Any) -> Any:
+        """Follow unpack_from_cpu of torch/autograd/graph.py, save_on_cpu."""
+        return tensor.new_empty(tensor.shape)
 
     def _layer_norm(
         self, tensor: Any, normalized_shape: list[int], weight: Any, bias: Any, eps: float

@@ -16,7 +16,8 @@ from estimator.errors import EstimatorError, InvalidRequestError, UnsupportedCom
 from estimator.pipeline import device_of
 from estimator.request import EstimateRequest
 from estimator.service import requested_gpu
-from profiler import optimizers, quantized, stack, workload
+from estimator.techniques.execution import parse_checkpointing
+from profiler import checkpointing, optimizers, quantized, stack, workload
 from profiler.cuda_semantics import cuda_semantics
 from profiler.eager_transformers import eager_transformers
 from profiler.engine import DryRun, Progress
@@ -128,12 +129,13 @@ def _traced(
             for tensor, path, operator, component in workload.standing(job):
                 meter.adopt(tensor, path, operator, component)
             which = f"{how.num_traced} of {how.num_layers} layers" if how else "all layers"
-            progress(0.2, f"tracing {which}, first step")
-            job.step(meter.phase)
-            _own_states(meter, job.optimizer)
-            meter.begin_steady_step()
-            progress(0.6, f"tracing {which}, second step")
-            job.step(meter.phase)
+            with checkpointing.running(parse_checkpointing(request.activation_checkpointing)):
+                progress(0.2, f"tracing {which}, first step")
+                job.step(meter.phase)
+                _own_states(meter, job.optimizer)
+                meter.begin_steady_step()
+                progress(0.6, f"tracing {which}, second step")
+                job.step(meter.phase)
         return meter.recorded(), optimizers.managed_bytes(model, job.optimizer, layers, how)
 
 

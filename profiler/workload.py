@@ -22,6 +22,7 @@ from estimator.errors import (
     UnsupportedModelError,
 )
 from estimator.request import EstimateRequest
+from estimator.techniques.execution import parse_checkpointing
 from profiler import losses, methods, optimizers, quantized, trace
 from profiler.placement import place
 
@@ -93,8 +94,11 @@ class Workload:
     def _micro_step(self, inputs: dict[str, Any], phase: PhaseCallback) -> None:
         import torch
 
+        from profiler.checkpointing import forward_context
+
         phase(trace.FORWARD)
-        outputs = self.model(**inputs)
+        with forward_context(parse_checkpointing(self.request.activation_checkpointing)):
+            outputs = self.model(**inputs)
         loss = outputs["loss"]
         if not self.request.loop.keep_outputs:
             del outputs
@@ -119,6 +123,8 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
         InvalidRequestError: the real stack refuses the recipe; its reason is in the message.
         MissingDependencyError: a library that the recipe needs is not installed.
     """
+    from profiler import checkpointing
+
     refuse_unsupported(request)
     model = bare_model(request, config)
     losses.of(request).fit(model)
@@ -130,8 +136,9 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
     if request.method.peft is not None:
         _import("peft")
     model = methods.trained(model, request)
-    if request.activation_checkpointing == "full":
-        model.activation_checkpointing_enable()
+    how = parse_checkpointing(request.activation_checkpointing)
+    if how is not None:
+        checkpointing.enable(model, how)
     model.train()
     return model
 
@@ -186,7 +193,6 @@ def refuse_unsupported(request: EstimateRequest) -> None:
     """
     allowed: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "task": (request.task, ("sft", "pretrain")),
-        "activation_checkpointing": (request.activation_checkpointing, ("none", "full")),
         "attention": (request.attention, ("eager", "sdpa", "flash_attention_2")),
         "loss": (request.loss, tuple(losses.LOSSES)),
         "kernels": (request.kernels, ((),)),
@@ -333,9 +339,14 @@ def _quantized(model: Any, request: EstimateRequest) -> Any:
     model = quantized.with_packed_linears(model, request, _STORED[request.precision])
     if request.quantization.prepare_kbit:
         return peft.prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=request.activation_checkpointing == "full"
+            model, use_gradient_checkpointing=_checkpoints_layers(request)
         )
     return model
+
+
+def _checkpoints_layers(request: EstimateRequest) -> bool:
+    how = parse_checkpointing(request.activation_checkpointing)
+    return how is not None and how.scope == "layers"
 
 
 def _wrap_autocast(model: Any, dtype: str | None, device: str) -> None:

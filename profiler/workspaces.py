@@ -13,6 +13,7 @@ import torch
 
 from estimator.units import round_up
 from profiler import quantized
+from profiler.checkpointing import TO_HOST
 from profiler.quantizations import bnb_4bit
 
 aten = torch.ops.aten
@@ -196,6 +197,16 @@ def embedding_backward(args: tuple[Any, ...], _: Any) -> Buffers:
     yield "sorted indices", 6 * 8 * tokens
 
 
+def copy_to_host(args: tuple[Any, ...], _: Any) -> Buffers:
+    """Bytes of the contiguous copy that a strided tensor takes on its way to the host.
+
+    Source: aten/src/ATen/native/cuda/Copy.cu, copy_kernel_cuda, src_contig.
+    """
+    (tensor,) = args
+    if not tensor.is_contiguous():
+        yield "contiguous copy for the host", tensor.element_size() * tensor.numel()
+
+
 _TABLE: Final[dict[Any, Callable[[tuple[Any, ...], Any], Buffers]]] = {
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
     aten._flash_attention_backward.default: flash_package_backward,
@@ -203,4 +214,5 @@ _TABLE: Final[dict[Any, Callable[[tuple[Any, ...], Any], Buffers]]] = {
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
     aten._safe_softmax.default: safe_softmax,
     aten.embedding_dense_backward.default: embedding_backward,
+    TO_HOST: copy_to_host,
 }

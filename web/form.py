@@ -21,7 +21,7 @@ from estimator.config_file import parse_config
 from estimator.errors import InvalidRequestError
 from estimator.flags import FLAG_GROUPS, FLAGS, OrNone, overlay, request_fields, request_options
 from estimator.request import METHOD_ALIASES, METHODS, expand_short_forms
-from estimator.resolve import CHECKPOINTING
+from estimator.techniques.execution import CHECKPOINTING
 from estimator.techniques.optimizers import OPTIMIZERS
 
 CONFIG: Final = "config"
@@ -38,7 +38,7 @@ FIRST: Final = (
 # Fields that are any word to the parser, and the table that says which words have an answer.
 _TABLES: Final[dict[str, tuple[str, ...]]] = {
     "/optimizer/name": tuple(OPTIMIZERS),
-    "/activation_checkpointing": CHECKPOINTING,
+    "/activation_checkpointing": tuple(CHECKPOINTING),
 }
 
 # Where a flag's own text speaks of the machine that the command line runs on.

@@ -46,8 +46,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     Source: torch-derivatives, _scaled_dot_product_flash_attention.
     """
     q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
-    out = q.tape.new("attention output", q.shape, q.dtype, _SDPA)
-    lse = q.tape.new("log-sum-exp", (BATCH, heads.query, SEQ), F32, _SDPA)
+    out = _fused_result("attention output", q, q.shape, q.dtype, _SDPA)
+    lse = _fused_result("log-sum-exp", q, (BATCH, heads.query, SEQ), F32, _SDPA)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         workspace = _flash_workspace(node, heads)
@@ -56,6 +56,13 @@ def flash(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
         return into
 
     q.tape.record("attention", (q, k, v), (q, k, v, out, lse), rule, out)
+    return out
+
+
+def _fused_result(name: str, q: Tensor, shape: Shape, dtype: DType, source: Cite) -> Tensor:
+    """One result of a fused kernel; a region that keeps such results has it already."""
+    out = Tensor(q.tape, shape, dtype, None)
+    q.tape.result("attention", out, name, source)
     return out
 
 
@@ -131,8 +138,8 @@ def efficient(
     q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
     bias = None if mask is None else additive(mask, q.dtype)
     shape = (BATCH, SEQ, heads.query, heads.width)
-    out = q.tape.new("attention output", shape, q.dtype, source)
-    lse = q.tape.new("log-sum-exp", (BATCH, heads.query, SEQ), F32, source)
+    out = _fused_result("attention output", q, shape, q.dtype, source)
+    lse = _fused_result("log-sum-exp", q, (BATCH, heads.query, SEQ), F32, source)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         workspace = _efficient_workspace(node, heads)

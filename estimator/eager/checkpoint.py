@@ -4,37 +4,71 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any, Final
 
-from estimator.eager.engine import Packed
-from estimator.eager.tensor import Edge, Param, Tensor
+from msgspec import Struct
 
-Region = Callable[[Tensor], Tensor]
+from estimator.eager.engine import Packed, backward
+from estimator.eager.host import OnHost, SaveOnHost
+from estimator.eager.tensor import Edge, Leaf, Node, Storage, Tensor
+
+Region = Callable[..., Tensor]
+ATTENTION: Final = "attention"
+PRODUCT: Final = "mm"
 
 
-def checkpoint(region: Region, hidden: Tensor) -> Tensor:
-    """Run a region without keeping what it saves; only its input stays alive.
+class Checkpointing(Struct, frozen=True):
+    """How the step recomputes.
+
+    Args:
+        scope: what is recomputed: whole `layers`, the `attention` of each layer, or nothing
+            (`none`), where every saved tensor is kept in host memory instead.
+        every: of the layers, only every n-th is checkpointed, beginning with the first.
+        reentrant: torch's older implementation, with a backward inside the backward; None: as the
+            training stack does by default.
+        saves_products: every second matrix product and attention's output are kept.
+        offload: what stays for the recomputation is kept in host memory.
+    """
+
+    scope: str = "layers"
+    every: int = 1
+    reentrant: bool | None = None
+    saves_products: bool = False
+    offload: bool = False
+
+
+def checkpoint(how: Checkpointing, region: Region, *inputs: Tensor) -> Tensor:
+    """Run a region without keeping what it saves; only its inputs stay alive.
 
     Backward reruns the region up to the last tensor that was saved, when the first of them is
     wanted (non-reentrant checkpointing with early stop).
 
     Source: torch-checkpoint, _checkpoint_without_reentrant_generator and _CheckpointFrame.
     """
-    tape = hidden.tape
-    outer, tape.frame = tape.frame, _Frame(region, hidden)
+    if how.reentrant:
+        return _reentrant(how, region, *inputs)
+    tape = inputs[0].tape
+    outer = tape.frame, tape.products
+    frame = _Frame(region, inputs, how)
+    tape.frame, tape.products = frame, frame.products
     try:
-        return region(hidden)
+        return region(*inputs)
     finally:
-        tape.frame = outer
+        tape.frame, tape.products = outer
 
 
 class _Frame:
-    """One checkpointed region: its input, and holders of what it would have saved."""
+    """One checkpointed region: its inputs, and holders of what it would have saved."""
 
-    def __init__(self, region: Region, hidden: Tensor) -> None:
+    def __init__(self, region: Region, inputs: tuple[Tensor, ...], how: Checkpointing) -> None:
+        tape = inputs[0].tape
         self.region = region
-        self.input: Tensor = hidden
-        self.prefix = hidden.tape.prefix
-        self.autocast_enabled = hidden.tape.autocast_enabled
+        self.tape = tape
+        self.inputs = tuple(OnHost(tape, each) if how.offload else _Kept(each) for each in inputs)
+        self.wanted = tuple(each.requires_grad for each in inputs)
+        self.prefix = tape.prefix
+        self.autocast_enabled = tape.autocast_enabled
+        self.products = Products() if how.saves_products else None
         self.holders: list[weakref.ref[_Holder]] = []
         self.recomputed = False
 
@@ -46,19 +80,41 @@ class _Frame:
     def recompute(self) -> None:
         """Run the region again, handing each tensor that it saves to its holder."""
         self.recomputed = True
-        tape = self.input.tape
-        before = tape.frame, tape.prefix, tape.autocast_enabled, tape.cast_cache
+        tape = self.tape
+        before = tape.frame, tape.products, tape.prefix, tape.autocast_enabled, tape.cast_cache
         tape.frame, tape.prefix = _Recorder(self.holders), self.prefix
+        tape.products = self.products.again() if self.products is not None else None
         tape.autocast_enabled, tape.cast_cache = self.autocast_enabled, {}
-        leaf = Tensor(tape, self.input.shape, self.input.dtype, self.input.storage)
-        if self.input.requires_grad:
-            leaf.edge = Edge(Param("input", leaf.shape, leaf.dtype, requires_grad=True))
         try:
-            self.region(leaf)
+            self.region(*map(_leaf, (each.unpack() for each in self.inputs), self.wanted))
         except _AllRecomputedError:
             pass
         finally:
-            tape.frame, tape.prefix, tape.autocast_enabled, tape.cast_cache = before
+            (
+                tape.frame,
+                tape.products,
+                tape.prefix,
+                tape.autocast_enabled,
+                tape.cast_cache,
+            ) = before
+
+
+def _leaf(tensor: Tensor, wanted: bool) -> Tensor:
+    """Return an input of a region, detached from the graph that it came from."""
+    out = Tensor(tensor.tape, tensor.shape, tensor.dtype, tensor.storage)
+    if wanted:
+        out.edge = Edge(Leaf("input", out.shape, out.dtype, requires_grad=True))
+    return out
+
+
+class _Kept(Packed):
+    """An input of a region that stays where it is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def unpack(self) -> Tensor:
+        return self.tensor
 
 
 class _Recorder:
@@ -99,3 +155,86 @@ class _Holder(Packed):
         tensor, self.tensor = self.tensor, None
         assert tensor is not None
         return tensor
+
+
+class Products:
+    """Results that a region keeps for its recomputation, which takes them in place of new ones.
+
+    Attention's output and log-sum-exp are kept, and of the plain matrix products (`aten.mm`: a
+    layer without a bias) the first, the third and so on. They live until the recomputation has
+    taken them, or until the frame dies.
+
+    Source: torchtitan, _apply_op_sac; torch-checkpoint, _CachingTorchDispatchMode.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, int], Storage | None] = {}
+        self.counts: dict[str, int] = {}
+        self.taking = False
+
+    def again(self) -> Products:
+        """Begin the recomputation."""
+        self.counts.clear()
+        self.taking = True
+        return self
+
+    def takes(self, operator: str, tensor: Tensor) -> bool:
+        """Whether the result of an operator is one that was kept; it gets that storage."""
+        if not self.taking:
+            return False
+        number = self._count(operator)
+        tensor.storage = self.kept.pop((operator, number), None)
+        return tensor.storage is not None
+
+    def keep(self, operator: str, tensor: Tensor) -> None:
+        """Keep a new result, if it is one of those that are kept."""
+        if self.taking:
+            return
+        number = self._count(operator)
+        if operator == ATTENTION or (operator == PRODUCT and number % 2 == 0):
+            self.kept[operator, number] = tensor.storage
+
+    def _count(self, operator: str) -> int:
+        number = self.counts.get(operator, 0)
+        self.counts[operator] = number + 1
+        return number
+
+
+def _reentrant(how: Checkpointing, region: Region, *inputs: Tensor) -> Tensor:
+    """Run a region without a graph; backward runs it again with one, and goes back through it.
+
+    Beside the inputs, the region's output and its gradient live while that happens. The region is
+    always run to its end.
+
+    Source: torch-checkpoint, CheckpointFunction.
+    """
+    tape = inputs[0].tape
+    prefix, autocast_enabled = tape.prefix, tape.autocast_enabled
+    wanted = tuple(each.requires_grad for each in inputs)
+    recording, tape.recording = tape.recording, False
+    try:
+        given = region(*inputs)
+    finally:
+        tape.recording = recording
+    out = Tensor(tape, given.shape, given.dtype, given.storage)
+
+    def rule(node: Node, grads: list[Tensor], saved: list[Tensor]) -> tuple[Tensor | None, ...]:
+        before = tape.prefix, tape.autocast_enabled, tape.cast_cache
+        tape.prefix, tape.autocast_enabled, tape.cast_cache = prefix, autocast_enabled, {}
+        leaves = tuple(map(_leaf, saved, wanted))
+        result = region(*leaves)
+        tape.prefix, tape.autocast_enabled, tape.cast_cache = before
+        backward(result, grads[0])
+        return tuple(_gradient(each) for each in leaves)
+
+    outer = tape.frame
+    if how.offload:
+        tape.frame = SaveOnHost(tape)
+    tape.record("checkpoint", inputs, inputs, rule, out)
+    tape.frame = outer
+    return out
+
+
+def _gradient(leaf: Tensor) -> Tensor | None:
+    target: Any = leaf.edge.target if leaf.edge is not None else None
+    return target.grad if isinstance(target, Leaf) else None

@@ -8,18 +8,22 @@ from typing import Any, Final, Union
 
 from estimator.dtypes import DType
 from estimator.eager.size import elements
-from estimator.eager.tensor import ENGINE, Edge, Node, Param, Tape, Tensor
+from estimator.eager.tensor import ENGINE, Edge, Leaf, Node, Param, Tape, Tensor
 
 Target = Union[Node, Param]
 Buffers = dict[Target, "list[Tensor | None]"]
 
 
-def backward(loss: Tensor) -> None:
-    """Run backward from a scalar; gradients of parameters stay in `tape.grads`.
+def backward(loss: Tensor, grad: Tensor | None = None) -> None:
+    """Run backward from a tensor; gradients of parameters stay in `tape.grads`.
 
     A node runs once all gradients of its outputs have arrived, the newest ready node first; a
     parameter takes its gradient as soon as all of its contributions have arrived, which for a tied
     head is at the very end. Saved tensors and incoming gradients die when their node has run.
+
+    Args:
+        loss: a scalar, or any tensor whose gradient is given.
+        grad: the gradient to begin with; a scalar's is made here.
 
     Source: torch-autograd, engine.cpp, Engine::evaluate_function and ReadyQueue.
     """
@@ -28,7 +32,10 @@ def backward(loss: Tensor) -> None:
     root = loss.edge.target
     tape = root.tape
     waiting = _contributions(root)
-    buffers: Buffers = {root: [root.scratch("gradient of the loss", loss.shape, loss.dtype)]}
+    first: list[Tensor | None] = [None] * root.outputs
+    first[loss.edge.output] = grad or root.scratch("gradient of the loss", loss.shape, loss.dtype)
+    buffers: Buffers = {root: first}
+    del first
     ready = [(-root.order, root)]
     while ready:
         _, node = heapq.heappop(ready)
@@ -160,6 +167,9 @@ def _accumulate(tape: Tape, param: Param, buffer: list[Tensor | None]) -> None:
     utils/grad_layout_contract.h, obeys_layout_contract.
     """
     grad = buffer.pop()
+    if isinstance(param, Leaf):
+        param.grad = grad
+        return
     if grad is None:
         return
     if _is_part(grad):

@@ -396,11 +396,11 @@ def linear(
 
     saved = (
         half if matrix.requires_grad else None,
-        matrix if half.requires_grad and isinstance(matrix, Tensor) else None,
+        matrix if half.requires_grad else None,
     )
     tape.record("linear", (half, matrix, vector), saved, rule, out)
     # torch saves the inputs first: a recompute that ends with them never makes the output.
-    tape.allocate(out, "output", _derivative("mm"))
+    tape.result("mm" if bias is None else "addmm", out, "output", _derivative("mm"))
     return out
 
 
@@ -445,7 +445,7 @@ def layer_norm(x: Tensor, weight: Param | None, bias: Param | None) -> Tensor:
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         return tuple(node.new_grad(each) if node.wants(each) else None for each in range(3))
 
-    x.tape.record("layer_norm", (given, weight, bias), (given, mean, rstd), rule, out)
+    x.tape.record("layer_norm", (given, weight, bias), (given, mean, rstd, weight, bias), rule, out)
     return out
 
 

@@ -113,6 +113,16 @@ class Param(Struct, eq=False):
         return id(self)
 
 
+class Leaf(Param, eq=False):
+    """An input of a recomputed region, where a backward inside the backward ends.
+
+    Args:
+        grad: what has arrived there.
+    """
+
+    grad: Tensor | None = None
+
+
 class Node:
     """One operator of the backward graph: what it saved and how it makes gradients."""
 
@@ -231,6 +241,9 @@ class Tape:
         self.autocast_enabled = False
         self.cast_cache: dict[Param, Tensor] = {}
         self.frame: Any = None
+        self.products: Any = None
+        self.recording = True
+        self.host: dict[tuple[int, tuple[int, int]], int] = {}
         self.grads: dict[Param, Tensor] = {}
         self.batch: list[Tensor] = []
         self.grads_exist = False
@@ -350,6 +363,22 @@ class Tape:
         kind = TensorKind(component, place, self.prefix + name, tensor.dtype, tensor.shape, source)
         tensor.storage = Storage(self, self.kind(kind))
 
+    def result(self, operator: str, tensor: Tensor, name: str, source: Cite | Assumption) -> None:
+        """Give the result of a product or of attention its storage.
+
+        A region that keeps such results hands its recomputation the one that it has kept.
+        """
+        if self.products is None or not self.products.takes(operator, tensor):
+            self.allocate(tensor, name, source)
+            if self.products is not None:
+                self.products.keep(operator, tensor)
+
+    def on_host(self, shape: Shape, dtype: DType) -> None:
+        """Count a tensor that is copied to pinned host memory, by site and size."""
+        count, monomial = elements(shape)
+        key = (self.site, (count * dtype.width, monomial))
+        self.host[key] = self.host.get(key, 0) + 1
+
     @contextmanager
     def module(self, name: str) -> Iterator[None]:
         """Name what is allocated inside after a module."""
@@ -392,14 +421,15 @@ class Tape:
         """
         # Lists first: this runs for every operator, and a generator costs more than its items.
         edges = tuple([_edge(each) for each in inputs])
-        if not any(edges):
+        if not self.recording or not any(edges):
             return
         metas = tuple([None if each is None else (each.shape, each.dtype) for each in inputs])
         frame = self.frame
         if frame is None:
             packed = list(saved)
         else:
-            packed = [frame.pack(each) if isinstance(each, Tensor) else each for each in saved]
+            packs = (Tensor, Param) if getattr(frame, "packs_parameters", False) else Tensor
+            packed = [frame.pack(each) if isinstance(each, packs) else each for each in saved]
         node = Node(self, self.prefix + name, edges, metas, packed, rule, len(outputs))
         for number, output in enumerate(outputs):
             output.edge = Edge(node, number)

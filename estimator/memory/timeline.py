@@ -59,9 +59,24 @@ class Moment(Struct, frozen=True, dict=True):
 
 
 class Step(Struct, frozen=True, dict=True):
-    """All moments of a training step that can be its peak, in the order of time."""
+    """All moments of a training step that can be its peak, in the order of time.
+
+    Args:
+        pinned: what lies in pinned host memory when backward begins: (size, number of tensors).
+    """
 
     moments: tuple[Moment, ...]
+    pinned: tuple[tuple[tuple[int, int], int], ...] = ()
+
+    def pinned_bytes(self, at: Polynomial) -> int:
+        """Bytes in pinned host memory when backward begins, each block a power of two.
+
+        Source: torch-pinned, CachingHostAllocatorImpl::allocate, PowerOf2Ceil.
+        """
+        return sum(
+            count << (coefficient * at[index] - 1).bit_length()
+            for (coefficient, index), count in self.pinned
+        )
 
     def top(self, at: Polynomial) -> Moment:
         """Return the highest of all moments, the first of those that are equal."""
@@ -117,7 +132,10 @@ def compile_step(run: Run, seen: Trace) -> Step:
             *between,
             assembly.after("end of backward", assembly.seen.end, ZERO, ()),
             assembly.after("optimizer step", assembly.inputs(), during_step, step),
-        )
+        ),
+        pinned=tuple(
+            (size, count * assembly.times[site]) for (site, size), count in seen.host.items()
+        ),
     )
 
 

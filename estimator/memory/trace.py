@@ -7,7 +7,7 @@ back together for the real number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from msgspec import Struct
@@ -16,6 +16,7 @@ from estimator.dtypes import DType
 from estimator.eager import ops
 from estimator.eager.checkpoint import checkpoint
 from estimator.eager.engine import backward
+from estimator.eager.host import SaveOnHost
 from estimator.eager.size import BATCH, SECOND, SEQ, dim
 from estimator.eager.tensor import (
     Instant,
@@ -32,7 +33,7 @@ from estimator.memory.fused_loss import FusedLoss
 from estimator.memory.loss import LOSSES
 from estimator.memory.unroll import NotPeriodicError, shorten, unroll
 from estimator.memory.updates import updater
-from estimator.model.forward import Forward
+from estimator.model.forward import Forward, Given
 from estimator.model.spec import LayerKind
 from estimator.run import Run
 from estimator.sources import Cite
@@ -52,6 +53,7 @@ class Trace(Struct, frozen=True):
         backward_saved: what is alive when backward begins.
         left: what backward has left when it reaches the embeddings.
         end: what is alive after backward.
+        host: tensors in pinned host memory when backward begins, by site and size.
     """
 
     kinds: tuple[TensorKind, ...]
@@ -63,6 +65,7 @@ class Trace(Struct, frozen=True):
     backward_saved: Live
     left: Live
     end: Live
+    host: Mapping[tuple[int, tuple[int, int]], int]
 
 
 def trace(run: Run, regime: Regime) -> Trace:
@@ -84,6 +87,7 @@ def trace(run: Run, regime: Regime) -> Trace:
         backward_saved=backward_saved,
         left=left,
         end=end,
+        host=tape.host,
     )
 
 
@@ -155,9 +159,13 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
         tape.update = updater(run)
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
+    forward.checkpointing = run.checkpointing
     batch = [_input(tape, name, run) for name in ("input_ids", "attention_mask", "labels")]
     tape.autocast_enabled = run.autocast is not None
+    if run.checkpointing is not None and run.checkpointing.scope == "none":
+        tape.frame = SaveOnHost(tape)
     loss, outputs = _forward(run, forward, kinds, batch)
+    tape.frame = None
     tape.cast_cache.clear()
     tape.autocast_enabled = False
     if not run.keeps_outputs:
@@ -169,8 +177,6 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     backward(loss)
     outputs.held.clear()
     forward.cache.clear()
-    forward.rotary.clear()
-    forward.masks.clear()
     tape.batch += [*batch, loss]
     return outputs.alive, backward_saved
 
@@ -182,12 +188,27 @@ def _chain(run: Run) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
     gradient, and the output of the other is saved by the final norm, not by a next layer.
     """
     pattern = run.spec.pattern
+    if run.checkpointing is not None and run.checkpointing.every > 1:
+        return _periodic_chain(run)
     inner = tuple(dict.fromkeys(pattern[1:-1]))
     chosen = (pattern[0], *inner, *pattern[-1:]) if len(pattern) > 1 else pattern
     kinds = tuple(run.spec.kinds[index] for index in chosen)
     if len(pattern) == 1:
         return kinds, (1,)
     return kinds, (1, *(2 + inner.index(index) for index in pattern[1:-1]), 2 + len(inner))
+
+
+def _periodic_chain(run: Run) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
+    """Return a chain in which every layer has the neighbours that it has in the model.
+
+    Whether a layer's output is kept depends on whether the next layer is checkpointed.
+    """
+    cut = shorten(run.spec.pattern)
+    sites = tuple(range(1, len(cut.pattern) + 1))
+    first, behind = cut.period + 1, 2 * cut.period + 1
+    template = sites[first:behind] * cut.copies
+    kinds = tuple(run.spec.kinds[index] for index in cut.pattern)
+    return kinds, (*sites[:behind], *template, *sites[behind:])
 
 
 def _activation_dtype(run: Run) -> DType:
@@ -249,33 +270,41 @@ def _forward(
 
 def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor) -> Tensor:
     """Run embeddings, layers and final norm."""
-    spec, family = run.spec, run.spec.family
+    spec, family, how = run.spec, run.spec.family, run.checkpointing
     forward.enter(0, spec.embeddings)
     if spec.virtual_tokens is not None:
         spec.virtual_tokens.prepare(forward, len(kinds))
     hidden = family.embed(forward, ids)
     forward.prepare_masks(spec.kinds)
+    given = forward.given()
     for site, kind in enumerate(kinds, start=1):
         forward.enter(site, kind.modules)
-        region = _region(forward, site, kind)
-        hidden = checkpoint(region, hidden) if run.checkpointing else region(hidden)
+        region = _region(forward, site, kind, given.to(kind))
+        if kind.checkpointed and how is not None:
+            hidden = checkpoint(how, region, hidden)
+        else:
+            hidden = region(hidden)
     forward.enter(len(kinds) + 1, spec.final)
     hidden = family.final(forward, hidden)
     forward.names.clear()
-    if not run.checkpointing:
-        forward.rotary.clear()
-        forward.masks.clear()
     return hidden
 
 
-def _region(forward: Forward, site: int, kind: LayerKind) -> Callable[[Tensor], Tensor]:
-    """Return one layer as a function of its input, to be run now and maybe again in backward."""
+def _region(
+    forward: Forward, site: int, kind: LayerKind, given: Given
+) -> Callable[[Tensor], Tensor]:
+    """Return one layer as a function of its input, to be run now and maybe again in backward.
+
+    It keeps what the layer is given beside its input for as long as it may be run.
+    """
 
     def layer(hidden: Tensor) -> Tensor:
         forward.enter(site, kind.modules)
+        forward.rotary, forward.masks = given.rotary, given.masks
         try:
             return forward.spec.family.layer(forward, kind, hidden)
         finally:
             forward.attention_weights = None
+            forward.rotary, forward.masks = {}, {}
 
     return layer

@@ -10,6 +10,7 @@ from msgspec import Struct
 from estimator.dtypes import DType
 from estimator.eager import attention, ops
 from estimator.eager.attention import MASK, PREFIXED_MASK, Heads
+from estimator.eager.checkpoint import Checkpointing, checkpoint
 from estimator.eager.ops import F32
 from estimator.eager.size import BATCH, ONE, SECOND, SEQ, dim
 from estimator.eager.tensor import Edge, Param, Tape, Tensor, view
@@ -18,6 +19,7 @@ from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Module
 from estimator.sources import Cite
 
 M = TypeVar("M", bound=Module)
+POSITIONS: Final = Cite("hf-modeling", "llama/modeling_llama.py, LlamaModel.forward")
 MASKING: Final = Cite("hf-masking", "sdpa_mask, eager_mask")
 
 
@@ -33,6 +35,30 @@ class Settings(Struct, frozen=True):
     attention: str = "sdpa"
     padding: bool = False
     keeps_cache: bool = False
+
+
+class Given(Struct, frozen=True, eq=False):
+    """What the model's forward hands to every layer beside the hidden states.
+
+    Args:
+        rotary: the tables of cosines and sines, by name.
+        masks: the attention masks, by name.
+        positions: the numbers of the positions, which most layers are given and few read.
+    """
+
+    rotary: dict[str, tuple[Tensor, Tensor]]
+    masks: dict[str, Tensor]
+    positions: Tensor | None
+
+    def to(self, kind: LayerKind) -> Given:
+        """Return what layers of one kind are given: their mask, and their pair of tables."""
+        other = "full" if kind.sliding_window is not None else "sliding"
+        tables = kind.facts.get("rotary")
+        return Given(
+            {name: each for name, each in self.rotary.items() if tables in (None, name)},
+            {name: each for name, each in self.masks.items() if name != other},
+            self.positions,
+        )
 
 
 class Forward:
@@ -56,6 +82,7 @@ class Forward:
         # A name in the layer's forward, though nobody reads them.
         self.attention_weights: Tensor | None = None
         self.input_requires_grad = False
+        self.checkpointing: Checkpointing | None = None
         self._params: dict[tuple[int, str, str], Param] = {}
         self._tied: dict[str, str] = {}
 
@@ -76,6 +103,12 @@ class Forward:
                 f"{name}.{weight.name}", weight.shape, weight.dtype, weight.trainable
             )
         return self._params[key]
+
+    def given(self) -> Given:
+        """Hand over what embeddings and masks have prepared; the caller's name keeps it alive."""
+        given = Given(self.rotary, self.masks, self.names.get("position_ids"))
+        self.rotary, self.masks = {}, {}
+        return given
 
     def tie(self, module: str, to: str) -> None:
         """Let a module use the weight of one of the embeddings."""
@@ -177,12 +210,16 @@ class Forward:
         """Make the cosine and sine tables that all layers share.
 
         Shapes:
-            cos, sin  [1, s, d]  width of the hidden states
+            position_ids  [1, s]     8 bytes
+        cos, sin      [1, s, d]  width of the hidden states
 
         Source: hf-modeling, llama/modeling_llama.py, LlamaRotaryEmbedding.forward.
         """
         shape = (ONE, SEQ, dim("d", width))
         source = Cite("hf-modeling", "llama/modeling_llama.py, LlamaRotaryEmbedding.forward")
+        if "position_ids" not in self.names:
+            numbers = self.tape.new("position_ids", (ONE, SEQ), DType.INT64, POSITIONS)
+            self.names["position_ids"] = numbers
         cos = self.tape.new(f"{name} cos", shape, self.dtype, source)
         sin = self.tape.new(f"{name} sin", shape, self.dtype, source)
         self.rotary[name] = (cos, sin)
@@ -238,10 +275,20 @@ class Forward:
             k: [b, s, KV, d], or head by head like q
             v: [b, s, KV, d]
             p: dropout on the attention weights.
+
+        Source: korthikanti2022, section 5: attention alone is recomputed, where that is asked for.
         """
         k, v = self.through_cache(kind, k, v)
         mask = self.masks.get("sliding" if kind.sliding_window is not None else "full")
-        out = self._kernel(kind, q, k, v, mask, p)
+        if self.checkpointing is not None and self.checkpointing.scope == "attention":
+
+            def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return self._kernel(kind, q, k, v, mask, p)
+
+            out = checkpoint(self.checkpointing, kernel, q, k, v)
+            self.attention_weights = None
+        else:
+            out = self._kernel(kind, q, k, v, mask, p)
         if out.shape[1] is not SEQ:
             out = ops.copy(out, (BATCH, SEQ, kind.heads.query, kind.heads.width), "output by token")
         return view(out, (BATCH, SEQ, dim("H·d", kind.heads.query.value * kind.heads.width.value)))
@@ -258,7 +305,7 @@ class Forward:
             k, v = (ops.cat((old, new), shape, f"prefix and {name}") for old, new, name in named)
             self.cache += [k, v]
             return k, v
-        if not self.settings.keeps_cache:
+        if not self.settings.keeps_cache or kind.checkpointed:
             return k, v
         shape = (BATCH, kind.heads.key_value, SEQ, kind.heads.width)
         k, v = (ops.copy(each, shape, "copy in the cache") for each in (k, v))

@@ -215,12 +215,14 @@ class LayerKind(Struct, frozen=True, eq=False):
         sliding_window: tokens that attention looks back, if limited.
         eager: the family's `eager_attention_forward`.
         facts: whatever else the family's forward pass asks of this kind.
+        checkpointed: whole layers of this kind are recomputed in backward.
     """
 
     name: str
     modules: tuple[Module, ...]
     heads: Heads
     sliding_window: int | None = None
+    checkpointed: bool = False
     eager: Callable[..., tuple[Tensor, Tensor]] = attention.eager
     facts: Mapping[str, Any] = {}
 
@@ -265,6 +267,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
         rotary_width: width of the rotary tables; 0 without rotary positions.
         supports_sdpa: whether the model class runs torch's scaled dot product attention.
         supports_flash: whether it runs FlashAttention 2.
+        attention_interface: attention is a function that transformers looks up by name.
         broadcasts_keys: sdpa gets one key head for all query heads, which no fused kernel takes.
     """
 
@@ -285,6 +288,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
     supports_sdpa: bool = True
     supports_flash: bool = True
     broadcasts_keys: bool = False
+    attention_interface: bool = True
     notes: tuple[str, ...] = ()
 
     @property

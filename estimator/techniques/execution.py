@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from typing import ClassVar, Final
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from estimator.eager.checkpoint import Checkpointing
 from estimator.errors import UnsupportedCombinationError
+from estimator.model.spec import ModelSpec
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.stage import Stage
 
@@ -55,6 +58,7 @@ class Training(Struct, frozen=True):
     micro_batches: int
     keeps_outputs: bool
     use_cache: bool
+    set_to_none: bool
 
     def apply(self, run: Run) -> Run:
         """Set how the loop trains; master weights were decided with the precision."""
@@ -64,31 +68,113 @@ class Training(Struct, frozen=True):
             optimizer=optimizer,
             micro_batches=self.micro_batches,
             keeps_outputs=self.keeps_outputs,
+            keeps_gradients=not self.set_to_none,
             settings=replace(run.settings, keeps_cache=self.use_cache),
         )
 
 
-class FullCheckpointing(Struct, frozen=True):
-    """Recompute every decoder layer in backward; nothing but its input is kept.
+CHECKPOINTING: Final[dict[str, Checkpointing | None]] = {
+    "none": None,
+    "full": Checkpointing(),
+    "full_reentrant": Checkpointing(reentrant=True),
+    "every_2": Checkpointing(every=2),
+    "selective_attention": Checkpointing(scope="attention", reentrant=False),
+    "selective_op": Checkpointing(saves_products=True, reentrant=False),
+    "offload": Checkpointing(offload=True),
+    "save_on_cpu": Checkpointing(scope="none", offload=True),
+}
+"""The kinds of activation checkpointing; `every_2` stands for any number.
 
-    The Trainer makes the embeddings' output want a gradient where the model is frozen.
+Source: hf-loading, activation_checkpointing_enable (full, every_n, offload); torch-checkpoint;
+torchtitan, _apply_op_sac (selective_op); korthikanti2022, section 5 (selective_attention);
+torch-autograd-graph, save_on_cpu.
+"""
+
+_COMPOSED: Final = re.compile(
+    r"(?:full|every_([1-9]\d{0,3}))(_reentrant|_nonreentrant)?(_offload)?"
+)
+
+
+def parse_checkpointing(text: str) -> Checkpointing | None:
+    """Return what a request's `activation_checkpointing` asks for.
+
+    `every_3`, `every_3_offload` or `full_nonreentrant` are put together of their parts; what is
+    said of neither is reentrant where the training stack is by default.
+
+    Raises:
+        UnsupportedCombinationError: a kind that there is not.
+
+    Example:
+        >>> parse_checkpointing("every_4_offload").every
+        4
+    """
+    if text in CHECKPOINTING:
+        return CHECKPOINTING[text]
+    found = _COMPOSED.fullmatch(text)
+    if found is None:
+        raise UnsupportedCombinationError(
+            f"activation_checkpointing {text!r} has no sourced answer here yet; "
+            f"known: {', '.join(CHECKPOINTING)} (any number for 2)"
+        )
+    every, reentrant, offload = found.groups()
+    return Checkpointing(
+        every=int(every or 1),
+        reentrant=None if reentrant is None else reentrant == "_reentrant",
+        offload=offload is not None,
+    )
+
+
+class ActivationCheckpointing(Struct, frozen=True):
+    """Recompute in backward what forward has not kept.
+
+    The Trainer makes the embeddings' output want a gradient where the model is frozen, when whole
+    layers are checkpointed.
     """
 
     stage: ClassVar[Stage] = Stage.CHECKPOINT
+    how: Checkpointing
 
     def apply(self, run: Run) -> Run:
-        """Checkpoint every layer; a cache cannot be kept with it.
+        """Mark the layers that are checkpointed: the first, and every n-th behind it.
 
         Raises:
-            UnsupportedCombinationError: a prefix, which transformers would silently drop.
+            UnsupportedCombinationError: attention alone, where the model class does not tell it
+                from the rest of the layer; a prefix, which transformers would silently drop.
 
-        Source: peft, peft_model.py, PeftModel._setup_prompt_encoder; hf-library,
-        modeling_layers.py, GradientCheckpointingLayer.__call__.
+        Source: hf-loading, PreTrainedModel._set_gradient_checkpointing; peft, peft_model.py,
+        PeftModel._setup_prompt_encoder.
         """
         if run.prefix_tokens:
             raise UnsupportedCombinationError(
                 "prefix tuning lives in the key-value cache, which activation checkpointing drops, "
                 "so PEFT refuses it; use activation_checkpointing none, or method prompt_tuning"
             )
-        settings = replace(run.settings, keeps_cache=False)
-        return replace(run, checkpointing=True, input_requires_grad=True, settings=settings)
+        how = self.how
+        if how.scope == "attention" and not run.spec.attention_interface:
+            raise UnsupportedCombinationError(
+                f"selective_attention is not possible with this {run.spec.model_type} model, whose "
+                "attention is no function of its own in transformers; use selective_op or full"
+            )
+        if how.reentrant is None:
+            how = replace(how, reentrant=run.reentrant)
+        run = replace(run, checkpointing=how)
+        if how.scope != "layers":
+            return run
+        return replace(run, spec=_marked(run.spec, self.how.every), input_requires_grad=True)
+
+
+def _marked(spec: ModelSpec, every: int) -> ModelSpec:
+    """Split each kind of layer into those that are checkpointed and those that are not."""
+    if every == 1:
+        return replace(spec, kinds=tuple(replace(each, checkpointed=True) for each in spec.kinds))
+    asked = [(kind, index % every == 0) for index, kind in enumerate(spec.pattern)]
+    distinct = tuple(dict.fromkeys(asked))
+    kinds = tuple(
+        replace(
+            spec.kinds[kind],
+            name=f"{'checkpointed ' if marked else ''}{spec.kinds[kind].name}",
+            checkpointed=marked,
+        )
+        for kind, marked in distinct
+    )
+    return replace(spec, kinds=kinds, pattern=tuple(distinct.index(each) for each in asked))

@@ -23,30 +23,30 @@ class SoftwareProfile(Struct, frozen=True):
         model_code: the module that reads a configuration, where the framework has a model of its
             own instead of transformers'.
         formats: what the profile makes of a run whose weights have got their formats.
+        reentrant: activation checkpointing is reentrant where nothing else is said.
     """
 
     loss: str
     not_modelled: tuple[str, ...] = ()
     model_code: str | None = None
     formats: Callable[[Run], Run] | None = None
+    reentrant: bool = False
 
 
-_REENTRANT: Final = (
-    "re-entrant activation checkpointing, the default of transformers 4: about 2 bytes per hidden "
-    "unit and token more while a layer is recomputed"
-)
 _OLD_ATTENTION: Final = (
     "attention code of transformers before 4.46: rotary tables made in every layer, dense masks of "
     "the eager and sdpa implementations"
 )
 
+# transformers 4.45.2 and 4.48.1: modeling_utils.py, gradient_checkpointing_enable begins with
+# `gradient_checkpointing_kwargs = {"use_reentrant": True}`.
 # transformers: "5" holds from 4.49 on, "4" for 4.46 to 4.48, "4.45" for it and what came before.
 # The first version of a framework is the one that is meant when none is named.
 PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
     "transformers": {
         "5": SoftwareProfile("transformers-5"),
-        "4": SoftwareProfile("transformers-4", (_REENTRANT,)),
-        "4.45": SoftwareProfile("transformers-4.45", (_REENTRANT, _OLD_ATTENTION)),
+        "4": SoftwareProfile("transformers-4", reentrant=True),
+        "4.45": SoftwareProfile("transformers-4.45", (_OLD_ATTENTION,), reentrant=True),
     },
     "litgpt": {
         "2023.10": SoftwareProfile(
@@ -83,6 +83,6 @@ class Software(Struct, frozen=True):
     profile: SoftwareProfile
 
     def apply(self, run: Run) -> Run:
-        """Set the version of the loss, and the formats of the framework's own layers."""
-        run = replace(run, loss=self.profile.loss)
+        """Set the loss, the formats of the framework's own layers, what checkpointing is."""
+        run = replace(run, loss=self.profile.loss, reentrant=self.profile.reentrant)
         return self.profile.formats(run) if self.profile.formats is not None else run

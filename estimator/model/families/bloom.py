@@ -141,6 +141,7 @@ def read(config: Config) -> ModelSpec:
         layers_path="transformer.h",
         supports_sdpa=False,
         supports_flash=False,
+        attention_interface=False,
         notes=config.notes,
     )
 

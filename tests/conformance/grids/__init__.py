@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol
 
-from tests.conformance.grids import lora, loss, methods, optimizers, peft, quantization
+from tests.conformance.grids import execution, lora, loss, methods, optimizers, peft, quantization
 
 
 class Grid(Protocol):
@@ -19,4 +19,4 @@ class Grid(Protocol):
     FAST: frozenset[str]
 
 
-GRIDS: Final[tuple[Grid, ...]] = (lora, loss, methods, optimizers, peft, quantization)
+GRIDS: Final[tuple[Grid, ...]] = (execution, lora, loss, methods, optimizers, peft, quantization)

@@ -45,8 +45,21 @@ def test_the_copies_of_the_logits_are_those_that_the_version_keeps(version, forw
 
 
 def test_the_answer_names_what_older_versions_do_differently_and_is_not_counted():
-    result = estimate({"model": "meta-llama/Llama-2-7b-hf", "software": {"version": "4"}})
-    assert any("re-entrant" in each for each in result.not_modelled)
+    result = estimate({"model": "meta-llama/Llama-2-7b-hf", "software": {"version": "4.45"}})
+    assert any("rotary tables" in each for each in result.not_modelled)
+
+
+def test_checkpointing_is_reentrant_by_default_in_version_4_only():
+    asked = {"model": "meta-llama/Llama-2-7b-hf", "micro_batch_size": 4}
+
+    def peaks(version: str, kind: str) -> list[int]:
+        software = {"software": {"version": version}}
+        result = estimate({**asked, **software, "activation_checkpointing": kind})
+        return [each.bytes for each in result.timeline]
+
+    assert peaks("4", "full") == peaks("4", "full_reentrant")
+    assert peaks("5", "full") == peaks("5", "full_nonreentrant")
+    assert peaks("4", "full") != peaks("4", "full_nonreentrant")
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])

@@ -1,0 +1,84 @@
+"""How the step runs: forms of checkpointing, attention kernels, packing, the loop."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+Document = dict[str, Any]
+
+LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.05}}
+QLORA: Final[Document] = {**LORA, "quantization": {"name": "nf4"}, "autocast": "bf16"}
+
+
+def _checkpointing(kind: str, **changes: Any) -> Document:
+    return {"activation_checkpointing": kind, **changes}
+
+
+RECIPES: Final[dict[str, Document]] = {
+    "reentrant": _checkpointing("full_reentrant"),
+    "reentrant amp": _checkpointing("full_reentrant", precision="amp_bf16"),
+    "reentrant lora accumulation": _checkpointing(
+        "full_reentrant", **LORA, gradient_accumulation_steps=4
+    ),
+    "reentrant qlora": _checkpointing("full_reentrant", **QLORA),
+    "reentrant padded": _checkpointing("full_reentrant", padding=True),
+    "every 2nd layer": _checkpointing("every_2"),
+    "every 2nd layer fp32": _checkpointing("every_2", precision="fp32"),
+    "every 3rd layer": _checkpointing("every_3"),
+    "every 3rd layer qlora": _checkpointing("every_3", **QLORA),
+    "every 2nd layer amp": _checkpointing("every_2", precision="amp_bf16"),
+    "selective attention": _checkpointing("selective_attention", attention="eager"),
+    "selective attention amp": _checkpointing("selective_attention", precision="amp_bf16"),
+    "selective attention padded": _checkpointing("selective_attention", padding=True),
+    "selective attention lora": _checkpointing("selective_attention", **LORA),
+    "selective operators": _checkpointing("selective_op"),
+    "selective operators lora": _checkpointing("selective_op", **LORA),
+    "selective operators amp": _checkpointing("selective_op", precision="amp_bf16"),
+    "selective operators eager": _checkpointing("selective_op", attention="eager"),
+    "offloaded checkpoints": _checkpointing("offload"),
+    "offloaded checkpoints amp": _checkpointing("offload", precision="amp_bf16"),
+    "offloaded checkpoints qlora": _checkpointing("offload", **QLORA),
+    "every 2nd layer reentrant offloaded": _checkpointing("every_2_reentrant_offload", **LORA),
+    "saved tensors on the host": _checkpointing("save_on_cpu"),
+    "saved tensors on the host amp": _checkpointing("save_on_cpu", precision="amp_bf16"),
+    "saved tensors on the host lora": _checkpointing("save_on_cpu", **LORA),
+    "saved tensors on the host padded": _checkpointing("save_on_cpu", padding=True),
+    "gradients set to zero": {"loop": {"set_to_none": False}},
+    "gradients set to zero lora": {**LORA, "loop": {"set_to_none": False}},
+    "gradients set to zero checkpointed": _checkpointing(
+        "full", loop={"set_to_none": False}, precision="amp_bf16"
+    ),
+    "gradients set to zero accumulation": {
+        "loop": {"set_to_none": False}, "gradient_accumulation_steps": 2,
+    },
+}  # fmt: skip
+
+MODELS: Final[dict[str, str]] = {
+    "reentrant amp": "qwen2",
+    "reentrant qlora": "gpt2",
+    "reentrant padded": "gemma2",
+    "every 2nd layer fp32": "gemma2",
+    "every 3rd layer": "gemma3",
+    "every 2nd layer amp": "opt",
+    "selective attention amp": "gpt2",
+    "selective attention padded": "qwen2",
+    "selective operators amp": "qwen2",
+    "selective operators eager": "gemma2",
+    "offloaded checkpoints qlora": "gemma3",
+    "offloaded checkpoints amp": "falcon",
+    "saved tensors on the host amp": "qwen2",
+    "saved tensors on the host padded": "gpt_neox",
+    "gradients set to zero lora": "gpt2",
+}
+
+FAST: Final = frozenset(
+    {
+        "reentrant",
+        "every 2nd layer",
+        "selective attention",
+        "selective operators",
+        "offloaded checkpoints",
+        "saved tensors on the host",
+        "gradients set to zero",
+    }
+)

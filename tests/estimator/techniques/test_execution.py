@@ -1,0 +1,98 @@
+"""Forms of checkpointing, against transformers' own choice of layers and against papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from estimator.eager.tensor import Regime
+from estimator.errors import UnsupportedCombinationError
+from estimator.memory.trace import Trace, trace
+from estimator.request import parse_request
+from estimator.resolve import resolve
+from estimator.service import estimate
+from estimator.techniques.execution import parse_checkpointing
+
+GPT2 = {
+    "model_type": "gpt2", "n_layer": 6, "n_embd": 768, "n_head": 12,
+    "n_positions": 1024, "vocab_size": 50257,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 100,
+}  # fmt: skip
+INNER_LAYER = 2
+ROWS_TIMES_LENGTH_SQUARED = 5
+
+
+def _trace(config: dict[str, Any], **fields: Any) -> Trace:
+    request = parse_request({"model": {"config": config}, **fields})
+    return trace(resolve(request, config, "model"), Regime())
+
+
+def _saved(seen: Trace, monomial: int) -> int:
+    return sum(
+        seen.kinds[kind].size[0] * count
+        for kind, count in seen.backward_saved.items()
+        if seen.kinds[kind].site == INNER_LAYER and seen.kinds[kind].size[1] == monomial
+    )
+
+
+@pytest.mark.parametrize(("kind", "per_head"), [("none", 5), ("selective_attention", 0)])
+def test_selective_recomputation_saves_the_5_a_s_s_b_of_korthikanti(kind: str, per_head: int):
+    """Section 4.1, attention block: 2as²b softmax output, as²b mask, 2as²b dropout output."""
+    seen = _trace(GPT2, activation_checkpointing=kind, attention="eager")
+    assert _saved(seen, ROWS_TIMES_LENGTH_SQUARED) == per_head * 12
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 9])
+def test_the_checkpointed_layers_are_those_that_transformers_marks(every: int):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.CONFIG_MAPPING["llama"].from_dict(dict(LLAMA))
+        )
+    model.activation_checkpointing_enable(every_n_layers=every)
+    request = parse_request(
+        {"model": {"config": LLAMA}, "activation_checkpointing": f"every_{every}"}
+    )
+    spec = resolve(request, LLAMA, "model").spec
+    marked = [spec.kinds[index].checkpointed for index in spec.pattern]
+    assert marked == [layer.gradient_checkpointing for layer in model.model.layers]
+
+
+def test_offloading_moves_layers_x_sequence_x_hidden_to_the_host():
+    """transformers, activation_checkpointing_enable: `layers x sequence x hidden` bytes, twice."""
+    asked = {"model": "meta-llama/Llama-3.1-8B", "seq_len": 4096}
+    kept = estimate({**asked, "activation_checkpointing": "full"})
+    moved = estimate({**asked, "activation_checkpointing": "offload"})
+    moved_bytes = 2 * 32 * 4096 * 4096
+    assert moved.peak.host_bytes.expected == moved_bytes
+    forward = [
+        next(each.bytes for each in result.timeline if each.moment == "loss forward")
+        for result in (kept, moved)
+    ]
+    assert forward[0] - forward[1] == pytest.approx(moved_bytes, rel=0.01)
+
+
+def test_pinned_blocks_are_powers_of_two():
+    """CachingHostAllocator.h rounds up to them: 3 x 1000 x 4096 x 2 bytes are 32 MiB."""
+    asked = {"model": "meta-llama/Llama-3.1-8B", "micro_batch_size": 3, "seq_len": 1000}
+    result = estimate({**asked, "activation_checkpointing": "offload"})
+    assert result.peak.host_bytes.expected == 32 * 32 * 1024**2
+
+
+@pytest.mark.parametrize("text", ["every_0", "every_", "offload_full", "selective", "every_2_2"])
+def test_a_kind_that_there_is_not_is_refused_with_those_that_there_are(text: str):
+    with pytest.raises(UnsupportedCombinationError, match="known: none, full"):
+        parse_checkpointing(text)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "bloom"}, {"model_type": "falcon"}])
+def test_attention_alone_is_refused_where_it_is_no_function_of_its_own(config: dict[str, Any]):
+    full = {"n_layer": 2, "num_hidden_layers": 2, "vocab_size": 100, **config}
+    full |= {"hidden_size": 64, "n_head": 4, "num_attention_heads": 4}
+    with pytest.raises(UnsupportedCombinationError, match="no function of its own"):
+        _trace(full, activation_checkpointing="selective_attention")
