@@ -7,6 +7,7 @@ place in the help and one line of text. The profiler's commands take the same fl
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import groupby
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
@@ -153,7 +154,8 @@ class Field(Struct, frozen=True):
     description: str = ""
 
 
-def request_fields() -> dict[str, Field]:
+@cache
+def request_fields() -> Mapping[str, Field]:
     """Return every leaf of the request by its JSON pointer.
 
     A model given by its own configuration is one leaf: it is no flag's business to spell it.
