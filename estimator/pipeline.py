@@ -221,11 +221,10 @@ class _Asked:
 
 @lru_cache(maxsize=128)
 def _engine(asked: _Asked) -> Engine:
-    optimizer = asked.request.optimizer
+    run = resolve(asked.request, asked.config, asked.name)
     # An optimizer in backward is a part of what is traced.
-    key = asked.key if optimizer.in_backward else asked.key[:-1]
-    same_but_optimizer = _Asked(asked.request, asked.config, asked.name, key)
-    return Engine(resolve(asked.request, asked.config, asked.name), _traces(same_but_optimizer))
+    key = asked.key if run.optimizer.in_backward else asked.key[:-1]
+    return Engine(run, _traces(_Asked(asked.request, asked.config, asked.name, key)))
 
 
 @lru_cache(maxsize=128)

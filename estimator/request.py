@@ -152,6 +152,11 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "adamw_torch_fused": {"name": "adamw", "implementation": "fused"},
     "adamw_bnb_8bit": {"name": "adamw_8bit"},
     "adamw8bit": {"name": "adamw_8bit"},
+    "adam_8bit": {"name": "adamw_8bit"},
+    "adam8bit": {"name": "adamw_8bit"},
+    "paged_adamw": {"name": "paged_adamw_32bit"},
+    "paged_lion": {"name": "paged_lion_32bit"},
+    "rmsprop_bnb": {"name": "rmsprop_bnb_32bit"},
     "paged_adamw8bit": {"name": "paged_adamw_8bit"},
     "sgd_momentum": {"name": "sgd", "momentum": 0.9},
 }

@@ -22,7 +22,7 @@ from estimator.techniques.execution import (
     parse_checkpointing,
 )
 from estimator.techniques.loss import FUSED_LOSSES
-from estimator.techniques.optimizers import OPTIMIZERS
+from estimator.techniques.optimizers import OPTIMIZERS, REFUSED
 from estimator.techniques.precision import Precision
 from estimator.techniques.software import Software, profile
 from estimator.techniques.stage import Technique, apply_all
@@ -36,10 +36,10 @@ def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> R
         UnsupportedCombinationError: something that has no source here yet, by name.
         UnsupportedModelError, InvalidConfigError: from the model's configuration.
     """
-    _refuse_unsupported(request)
     optimizer = optimizer_choice(request)
+    _refuse_unsupported(request, optimizer)
     spec = _read_model(request, config, name)
-    _refuse_contradictions(request)
+    _refuse_contradictions(request, optimizer)
     bare = Run(spec=spec, settings=Settings(), optimizer=optimizer)
     run = apply_all(_techniques(request, optimizer), bare)
     if run.spec.trainable_parameters() == 0:
@@ -78,8 +78,13 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
 
     Raises:
         InvalidRequestError: an optimizer, an implementation or a knob that there is not.
+        UnsupportedCombinationError: an optimizer that is known by name only.
     """
     asked = request.optimizer
+    if asked.name in REFUSED:
+        raise UnsupportedCombinationError(
+            f"optimizer {asked.name!r} has no sourced answer here: {REFUSED[asked.name]}"
+        )
     row = OPTIMIZERS.get(asked.name)
     if row is None:
         raise InvalidRequestError(
@@ -91,6 +96,9 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
             f"optimizer {asked.name!r} has no implementation {implementation!r}; it has "
             f"{', '.join(sorted(row.updates))}"
         )
+    for needed in row.needs:
+        if not getattr(asked, needed):
+            raise InvalidRequestError(f"optimizer {asked.name!r} does not run without {needed}")
     for knob in structs.fields(Optimizer):
         given = getattr(asked, knob.name) != knob.default
         if given and knob.name not in (*_ANY_OPTIMIZER, *row.knobs):
@@ -98,7 +106,12 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
                 name for name, other in OPTIMIZERS.items() if knob.name in other.knobs
             )
             raise InvalidRequestError(f"{knob.name} is a setting of {known}, not of {asked.name!r}")
-    return OptimizerChoice(asked, implementation, master_weights=False)
+    return OptimizerChoice(
+        asked,
+        implementation,
+        master_weights=False,
+        in_backward=asked.in_backward or row.fused_backward,
+    )
 
 
 _ANY_OPTIMIZER: Final = ("name", "implementation", "in_backward")
@@ -128,7 +141,7 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
     return tuple(chosen)
 
 
-def _refuse_unsupported(request: EstimateRequest) -> None:
+def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) -> None:
     """Refuse by name what the document can say and this version cannot answer."""
     default = Parallelism()
     refused = {
@@ -139,8 +152,11 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
         f"loss {request.loss!r}": request.loss not in ("standard", *FUSED_LOSSES),
         f"kernels {list(request.kernels)}": bool(request.kernels),
         "packing": request.packing,
-        "optimizer.in_backward with precision 'master_bf16'": (
-            request.optimizer.in_backward and request.precision == "master_bf16"
+        "an optimizer in backward with precision 'master_bf16'": (
+            optimizer.in_backward and request.precision == "master_bf16"
+        ),
+        f"optimizer {optimizer.name!r} with a method that freezes weights": (
+            OPTIMIZERS[optimizer.name].trains_all and not request.method.trains_base
         ),
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1
@@ -151,7 +167,7 @@ def _refuse_unsupported(request: EstimateRequest) -> None:
             raise UnsupportedCombinationError(f"{what} has no sourced answer here yet")
 
 
-def _refuse_contradictions(request: EstimateRequest) -> None:
+def _refuse_contradictions(request: EstimateRequest, optimizer: OptimizerChoice) -> None:
     if request.quantization is not None and request.method.trains_base:
         raise InvalidRequestError(
             "quantized weights cannot be trained; choose method 'lora' (together they are QLoRA)"
@@ -162,10 +178,10 @@ def _refuse_contradictions(request: EstimateRequest) -> None:
             "or fp32, and autocast beside it"
         )
 
-    if request.optimizer.in_backward and request.gradient_accumulation_steps > 1:
+    if optimizer.in_backward and request.gradient_accumulation_steps > 1:
         raise InvalidRequestError(
-            "optimizer.in_backward drops each gradient as soon as it has been used, so that there "
-            "is nothing to accumulate into; set gradient_accumulation_steps to 1"
+            "an optimizer in backward drops each gradient as soon as it has been used, and leaves "
+            "nothing to accumulate into; set gradient_accumulation_steps to 1"
         )
 
 

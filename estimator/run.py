@@ -18,11 +18,13 @@ class OptimizerChoice(Struct, frozen=True):
         asked: its name and its knobs.
         implementation: the one that was named, or the optimizer's default.
         master_weights: it updates fp32 copies of the weights.
+        in_backward: parameters are updated while backward runs, and gradients dropped.
     """
 
     asked: Optimizer
     implementation: str
     master_weights: bool
+    in_backward: bool = False
 
     @property
     def name(self) -> str:

@@ -135,6 +135,11 @@ SOURCES: Final[dict[str, Source]] = {
     "hf-optimization": Source(
         "code", "transformers 5.23.0, Adafactor", f"{_HF}/src/transformers/optimization.py"
     ),
+    "lomo-optim": Source(
+        "code",
+        "lomo-optim 0.1.1, LOMO and AdaLomo",
+        "https://github.com/OpenLMLab/LOMO/blob/main/lomo_optim",
+    ),
     "hf-trainer": Source(
         "code", "transformers 5.23.0, Trainer", f"{_HF}/src/transformers/trainer.py"
     ),

@@ -252,10 +252,10 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
             known = self._known.scalar(func, args)
             if known is not None:
                 return known
-            if self._updating and func is _READ and args[0].dtype.is_floating_point:
-                # An optimizer reads a norm to scale its update, which allocates nothing.
+            if self._updating and func is _READ:
+                # An optimizer reads a norm, or compares it, to scale what it does anyway.
                 known = KnownValues.constant(args[0])
-                return 1.0 if known is None else known
+                return args[0].dtype is torch.bool or 1.0 if known is None else known
             out = self._known.counted(func, args)
             if out is None:
                 kernel = self._kernels.get(func) if self._kernels is not None else func

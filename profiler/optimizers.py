@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from estimator.errors import InvalidRequestError, MissingDependencyError
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
+from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
 from profiler.unroll import Shortening
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def build(model: Any, request: EstimateRequest) -> Any:
     build_one = _BUILDERS[asked.name]
     ratio = getattr(request.method, "loraplus_lr_ratio", None)
     groups = parameter_groups(model) if ratio is None else _loraplus_groups(model, ratio)
+    if asked.name in ("lomo", "adalomo"):
+        return build_one(model, groups, asked)
     if asked.in_backward:
         return InBackward(groups, lambda alone: build_one(model, alone, asked))
     if request.precision == "master_bf16":
@@ -188,9 +191,69 @@ class InBackward:
         """Do nothing: the gradients are gone."""
 
 
+class FusedBackward:
+    """LOMO or AdaLomo: hooks that update the model inside the backward pass that it runs itself.
+
+    The hooks of lomo-optim are as they are; around each of them the meter knows that the optimizer
+    works. AdaLomo's statistics are kept by name, and go to CUDA by themselves.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        import torch
+        from lomo_optim import AdaLomo, Lomo  # type: ignore[import-untyped]  # it has no types
+
+        owner = self
+        self.model = model
+        self.update: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+
+        class Watched(AdaLomo if name == "adalomo" else Lomo):  # type: ignore[misc]
+            def fuse_update(self) -> Any:
+                hook = super().fuse_update()
+
+                def watched(gradient: Any) -> Any:
+                    with owner.update():
+                        return hook(gradient)
+
+                return watched
+
+        with _patched(torch.Tensor, "cuda", lambda tensor: tensor):
+            self.inner = Watched(model, lr=LEARNING_RATE)
+        self.defaults: dict[str, Any] = self.inner.defaults
+
+    def backward(self, loss: Any) -> None:
+        """Run backward, with all updates in it, as `Accelerator.lomo_backward` does."""
+        self.inner.fused_backward(loss, LEARNING_RATE)
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """AdaLomo's statistics by parameter."""
+        kinds = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+        kept = {kind: getattr(self.inner, kind, {}) for kind in kinds}
+        return {
+            parameter: {kind: kept[kind][path] for kind in kinds if path in kept[kind]}
+            for path, parameter in self.model.named_parameters()
+        }
+
+    def step(self) -> None:
+        """Do nothing: the parameters are updated already."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do nothing: the gradients are gone."""
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
 def announce(optimizer: Any, meter: Meter) -> None:
     """Have the optimizer say for which model parameter it works whenever it looks up its states."""
-    if isinstance(optimizer, InBackward):
+    if isinstance(optimizer, (InBackward, FusedBackward)):
         optimizer.update = meter.updating
         return
     work_for = meter.work_for
@@ -320,41 +383,67 @@ def _adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     )
 
 
-def _adamw_8bit(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    return _bitsandbytes(model, groups, asked, is_paged=False)
+def _lomo(model: Any, _: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return LOMO or AdaLomo as the Trainer builds it: no gradient norm is computed before."""
+    _refuse_implementation(asked)
+    try:
+        return FusedBackward(model, asked.name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"optimizer {asked.name!r} needs lomo-optim; run: pip install lomo-optim"
+        ) from error
 
 
-def _paged_adamw_8bit(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    return _bitsandbytes(model, groups, asked, is_paged=True)
+# Our names of bitsandbytes' optimizers: the class that the Trainer, or a person, takes for each.
+_BITSANDBYTES: Final[dict[str, str]] = {
+    "adamw": "AdamW",
+    "ademamix": "AdEMAMix",
+    "lion": "Lion",
+    "rmsprop_bnb": "RMSprop",
+    "adagrad": "Adagrad",
+    "sgd": "SGD",
+}
 
 
-def _bitsandbytes(
-    model: Any, groups: list[dict[str, Any]], asked: Optimizer, *, is_paged: bool
-) -> Any:
-    """Return bitsandbytes' AdamW with 8-bit states, and 32-bit ones for embeddings (Trainer)."""
+def _bitsandbytes(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return bitsandbytes' optimizer; with 8-bit states, embeddings keep 32-bit ones (Trainer)."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     try:
-        from bitsandbytes.optim import AdamW, GlobalOptimManager
+        from bitsandbytes import optim
     except ImportError as error:
         raise MissingDependencyError(
             f"optimizer {asked.name!r} needs bitsandbytes; run: pip install bitsandbytes"
         ) from error
     _refuse_implementation(asked)
+    kind = asked.name.removeprefix("paged_")
+    bits = 8 if kind.endswith("_8bit") else 32
+    kind = kind.removesuffix("_8bit").removesuffix("_32bit")
+    settings: dict[str, Any] = {"lr": LEARNING_RATE}
+    if kind == "sgd":
+        settings["momentum"] = asked.momentum
+    if asked.name.startswith("paged_"):
+        settings["is_paged"] = True
     with unset_fake_temporarily():
         # Its code books are computed from data when it is built.
-        optimizer = AdamW(groups, lr=LEARNING_RATE, optim_bits=8, is_paged=is_paged)
+        optimizer = getattr(optim, _BITSANDBYTES[kind])(groups, optim_bits=bits, **settings)
+    if kind == "ademamix":
+        # Its own buffers would be asked of CUDA; the size is that of any other.
+        optimizer._get_state_double_buffer = lambda p, dtype=torch.float32: torch.zeros(
+            (2, *p.size()), dtype=dtype
+        )
     optimizer.name2qmap = {
         name: torch.ones(table.numel()) for name, table in optimizer.name2qmap.items()
     }
     # The manager is one for the whole process and remembers parameters by their address.
-    manager = object.__new__(GlobalOptimManager)
+    manager = object.__new__(optim.GlobalOptimManager)
     manager.initialize()
     optimizer.mng = manager
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    if bits == 8:  # as `optim_bits` is written
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
     return optimizer
 
 
@@ -375,6 +464,7 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "adamw": _adamw,
     "sgd": _sgd,
     "adafactor": _adafactor,
-    "adamw_8bit": _adamw_8bit,
-    "paged_adamw_8bit": _paged_adamw_8bit,
+    "lomo": _lomo,
+    "adalomo": _lomo,
+    **dict.fromkeys(BITSANDBYTES, _bitsandbytes),
 }

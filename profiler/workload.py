@@ -105,6 +105,9 @@ class Workload:
         if self.request.gradient_accumulation_steps > 1:
             loss = loss / self.request.gradient_accumulation_steps
         phase(trace.BACKWARD)
+        if isinstance(self.optimizer, optimizers.FusedBackward):
+            self.optimizer.backward(loss)
+            return
         # `Tensor.backward` leaves a torch-function mode before it calls this very function.
         torch.autograd.backward(loss)
 

@@ -166,15 +166,17 @@ def _accumulate(tape: Tape, param: Param, buffer: list[Tensor | None]) -> None:
     functions/accumulate_grad.cpp, AccumulateGrad::apply for the hook;
     utils/grad_layout_contract.h, obeys_layout_contract.
     """
-    grad = buffer.pop()
     if isinstance(param, Leaf):
-        param.grad = grad
+        param.grad = buffer.pop()
         return
-    if grad is None:
+    gradient = [each for each in buffer if each is not None]
+    buffer.clear()
+    if not gradient:
         return
-    if _is_part(grad):
-        grad = tape.new(f"{param.name}.grad", grad.shape, grad.dtype, ENGINE, "gradients")
+    if _is_part(gradient[0]):
+        shape, dtype = gradient[0].shape, gradient[0].dtype
+        gradient = [tape.new(f"{param.name}.grad", shape, dtype, ENGINE, "gradients")]
     if tape.update is not None and param.held is None:
-        tape.update(tape, param)
+        tape.update.accumulate(tape, param, gradient)
     elif not tape.grads_exist or param.held is not None:
-        tape.grads[param] = grad
+        tape.grads[param] = gradient.pop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -121,6 +121,18 @@ class Leaf(Param, eq=False):
     """
 
     grad: Tensor | None = None
+
+
+class Update(Protocol):
+    """An optimizer that works inside backward."""
+
+    def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
+        """Take a parameter's gradient, the only reference to it."""
+        ...
+
+    def finish(self, tape: Tape) -> None:
+        """Do what is left when backward has ended."""
+        ...
 
 
 class Node:
@@ -248,7 +260,7 @@ class Tape:
         self.batch: list[Tensor] = []
         self.grads_exist = False
         # What the optimizer does to a parameter as soon as its gradient is there, if it does.
-        self.update: Callable[[Tape, Param], None] | None = None
+        self.update: Update | None = None
         self.left_behind: Live | None = None
         self._grown = False
         self._order = 0

@@ -116,7 +116,7 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
     Gradients are there until `zero_grad`. With master weights they have been copied to fp32 one
     by one, each original freed at once. An optimizer in backward has done its work already.
     """
-    if run.optimizer.asked.in_backward:
+    if run.optimizer.in_backward:
         return ()
     tensors = trained_tensors(run)
     if run.optimizer.master_weights:
@@ -147,6 +147,6 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
 
 def step_temporaries(run: Run) -> tuple[int, ...]:
     """Return the sizes of what the optimizer's step allocates at its worst moment [bytes]."""
-    if run.optimizer.asked.in_backward:
+    if run.optimizer.in_backward:
         return ()
     return temporaries(run.optimizer, trained_tensors(run))

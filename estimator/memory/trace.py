@@ -32,7 +32,7 @@ from estimator.eager.tensor import (
 from estimator.memory.fused_loss import FusedLoss
 from estimator.memory.loss import LOSSES
 from estimator.memory.unroll import NotPeriodicError, shorten, unroll
-from estimator.memory.updates import updater
+from estimator.memory.updates import inside_backward
 from estimator.model.forward import Forward, Given
 from estimator.model.spec import LayerKind
 from estimator.run import Run
@@ -155,8 +155,7 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
         What is alive when the model's forward pass has ended, and when backward begins.
     """
     tape.grads_exist = run.accumulates
-    if run.optimizer.asked.in_backward:
-        tape.update = updater(run)
+    tape.update = inside_backward(run)
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
     forward.checkpointing = run.checkpointing
@@ -175,6 +174,8 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     backward_saved = dict(tape.live)
     tape.phase = "backward"
     backward(loss)
+    if tape.update is not None:
+        tape.update.finish(tape)
     outputs.held.clear()
     forward.cache.clear()
     tape.batch += [*batch, loss]

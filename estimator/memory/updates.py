@@ -1,37 +1,88 @@
-"""The optimizer in backward: each parameter is updated as soon as its gradient is there."""
+"""The optimizer inside backward: parameters are updated while gradients are still being made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from estimator.dtypes import DType
 from estimator.eager.size import dim, elements
-from estimator.eager.tensor import Param, Storage, Tape, TensorKind
+from estimator.eager.tensor import Param, Storage, Tape, Tensor, TensorKind
 from estimator.run import Run
 from estimator.techniques.optimizers import OPTIMIZERS, Trained, temporaries
 
 
-def updater(run: Run) -> Callable[[Tape, Param], None]:
-    """Return what the hook of a parameter allocates: the temporaries of a step over it alone.
+class InBackward:
+    """A hook that updates each parameter as soon as its gradient is there.
 
     Source: torch-autograd, functions/accumulate_grad.cpp, AccumulateGrad::apply.
     """
-    choice = run.optimizer
-    source = OPTIMIZERS[choice.name].source
-    tables = {module.name for module in run.spec.embeddings}
-    known: dict[Param, tuple[int, ...]] = {}
 
-    def update(tape: Tape, param: Param) -> None:
-        if param not in known:
-            known[param] = temporaries(choice, (_trained(param, tables),))
+    def __init__(self, run: Run) -> None:
+        self.choice = run.optimizer
+        self.source = OPTIMIZERS[self.choice.name].source
+        self.tables = {module.name for module in run.spec.embeddings}
+        self.known: dict[Param, tuple[int, ...]] = {}
+
+    def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
+        """Take the only reference to the gradient of a parameter."""
+        self.step(tape, param, gradient)
+        gradient.clear()
+
+    def finish(self, tape: Tape) -> None:
+        """Do what is left when backward has ended."""
+
+    def step(self, tape: Tape, param: Param, gradient: list[Tensor]) -> list[Storage]:
+        """Allocate the temporaries of a step over one parameter."""
+        return [self._scratch(tape, param, size) for size in self._sizes(param)]
+
+    def _sizes(self, param: Param) -> tuple[int, ...]:
+        if param not in self.known:
+            self.known[param] = temporaries(self.choice, (_trained(param, self.tables),))
+        return self.known[param]
+
+    def _scratch(self, tape: Tape, param: Param, size: int) -> Storage:
         name = f"{param.name}: temporaries of the step in backward"
-        alive = []
-        for size in known[param]:
-            shape = (dim("bytes", size),)
-            kind = TensorKind("optimizer_states", tape.site, name, DType.UINT8, shape, source)
-            alive.append(Storage(tape, tape.kind(kind)))
+        shape = (dim("bytes", size),)
+        kind = TensorKind("optimizer_states", tape.site, name, DType.UINT8, shape, self.source)
+        return Storage(tape, tape.kind(kind))
 
-    return update
+
+class FusedBackward(InBackward):
+    """A hook that updates the parameter before: its own gradient is not in place yet.
+
+    A half-precision gradient is dropped when its fp32 copy, the first temporary, has been made.
+
+    Source: lomo-optim, lomo.py, Lomo.fuse_update and Lomo.fused_backward.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.before: tuple[Param, list[Tensor]] | None = None
+
+    def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
+        """Update the parameter before this one, and keep this one's gradient."""
+        self.finish(tape)
+        self.before = (param, [gradient.pop()])
+
+    def finish(self, tape: Tape) -> None:
+        """Update the parameter whose gradient has been kept."""
+        if self.before is not None:
+            self.step(tape, *self.before)
+            self.before = None
+
+    def step(self, tape: Tape, param: Param, gradient: list[Tensor]) -> list[Storage]:
+        """Allocate the copy of the gradient first, and the rest when the gradient is gone."""
+        sizes = self._sizes(param)
+        alive = [self._scratch(tape, param, size) for size in sizes[:1]]
+        if param.dtype.is_half:
+            gradient.clear()
+        alive += [self._scratch(tape, param, size) for size in sizes[1:]]
+        return alive
+
+
+def inside_backward(run: Run) -> InBackward | None:
+    """Return the hook of a run whose optimizer works inside backward."""
+    if not run.optimizer.in_backward:
+        return None
+    return FusedBackward(run) if OPTIMIZERS[run.optimizer.name].fused_backward else InBackward(run)
 
 
 def _trained(param: Param, tables: set[str]) -> Trained:

@@ -6,12 +6,40 @@ from typing import Final
 
 from estimator.run import OptimizerChoice
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
+from estimator.techniques.optimizers.lomo import LOMO
 from estimator.techniques.optimizers.row import OptimizerRow, State, Trained, trained
 from estimator.techniques.optimizers.temporaries import worst_moment
 from estimator.techniques.optimizers.torch_optim import TORCH
 from estimator.techniques.optimizers.transformers import TRANSFORMERS
 
-OPTIMIZERS: Final[dict[str, OptimizerRow]] = {**TORCH, **TRANSFORMERS, **BITSANDBYTES}
+OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
+    **TORCH,
+    **TRANSFORMERS,
+    **BITSANDBYTES,
+    **LOMO,
+}
+
+# Names that `TrainingArguments.optim` knows and we do not answer, and what to use instead.
+REFUSED: Final[dict[str, str]] = {
+    "adamw_torch_xla": "it runs on XLA devices only; use 'adamw_torch_fused'",
+    "adamw_torch_npu_fused": "it runs on NPUs only; use 'adamw_torch_fused'",
+    "adamw_anyprecision": "torchdistx is no longer released; use 'adamw' with bf16 weights",
+    "adamw_torch_4bit": "its step is a compiled kernel of torchao; use 'adamw_8bit'",
+    "adamw_torch_8bit": "its step is a compiled kernel of torchao; use 'adamw_8bit'",
+    "galore_adamw": "no source has been followed yet; use 'adamw_8bit' or method 'lora'",
+    "galore_adamw_8bit": "no source has been followed yet; use 'adamw_8bit' or method 'lora'",
+    "galore_adafactor": "no source has been followed yet; use 'adafactor'",
+    "galore_adamw_layerwise": "no source has been followed yet; use in_backward",
+    "galore_adamw_8bit_layerwise": "no source has been followed yet; use in_backward",
+    "galore_adafactor_layerwise": "no source has been followed yet; use in_backward",
+    "grokadamw": "no source has been followed yet; use 'adamw'",
+    "schedule_free_radam": "no source has been followed yet; use 'radam'",
+    "schedule_free_adamw": "no source has been followed yet; use 'adamw'",
+    "schedule_free_sgd": "no source has been followed yet; use 'sgd'",
+    "apollo_adamw": "no source has been followed yet; use 'adamw_8bit'",
+    "apollo_adamw_layerwise": "no source has been followed yet; use in_backward",
+    "stable_adamw": "no source has been followed yet; use 'adamw'",
+}
 
 
 def states(choice: OptimizerChoice) -> tuple[State, ...]:

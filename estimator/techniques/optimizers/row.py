@@ -55,7 +55,8 @@ def trained(module: Module, weight: Weight, count: int, *, master: bool) -> Trai
         dtype=DType.FLOAT32 if master else weight.dtype,
         rows=rows,
         columns=columns,
-        in_embedding=isinstance(module, Embedding),
+        # What is said about a module's weight is not said about the copy that is updated for it.
+        in_embedding=isinstance(module, Embedding) and not master,
         count=count,
     )
 
@@ -92,6 +93,9 @@ class OptimizerRow(Struct, frozen=True):
         default: the implementation that is meant when the request names none.
         source: where the step is read from.
         knobs: fields of the request's section that this optimizer has.
+        needs: those of them that it does not run without.
+        fused_backward: it has no step of its own; hooks update parameters inside backward.
+        trains_all: it keeps states of frozen weights too, so that none may be frozen.
     """
 
     states: tuple[State, ...]
@@ -99,6 +103,9 @@ class OptimizerRow(Struct, frozen=True):
     default: str
     source: Cite | Assumption
     knobs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    fused_backward: bool = False
+    trains_all: bool = False
 
 
 def same(each: Trained) -> int:

@@ -36,8 +36,8 @@ def adafactor(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice)
             name["p_data_fp32"] = step.fp32(each)
         name["update"] = step.fp32(each, step.fp32(each))  # grad**2 + eps
         if each.rows:
-            _means(step, each)
-            name["update"] = step.fp32(each, _factors(step, each))
+            means(step, each)
+            name["update"] = step.fp32(each, factors(step, each))
         else:
             name["update"] = step.fp32(each)
         if choice.asked.beta1 is not None:
@@ -45,13 +45,13 @@ def adafactor(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice)
         step.fp32(each)  # -update
 
 
-def _means(step: Step, each: Trained) -> None:
+def means(step: Step, each: Trained) -> None:
     """`update.mean(dim=-1)` and `update.mean(dim=-2)`, one after the other."""
     step.new(each.elements // each.columns * FP32)
     step.new(each.elements // each.rows * FP32)
 
 
-def _factors(step: Step, each: Trained) -> tuple[Scratch, Scratch]:
+def factors(step: Step, each: Trained) -> tuple[Scratch, Scratch]:
     """`r_factor` and `c_factor` of _approx_sq_grad."""
     row = step.new(each.elements // each.columns * FP32)
     return row, step.new(each.elements // each.rows * FP32)

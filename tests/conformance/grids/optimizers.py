@@ -23,6 +23,37 @@ def _in_backward(optimizer: str, *others: Document, **knobs: Any) -> Document:
     return _asked(optimizer, *others, in_backward=True, **knobs)
 
 
+_FP32: Final[Document] = {"precision": "fp32"}
+_BITSANDBYTES: Final[tuple[Any, ...]] = (
+    ("adamw_32bit", ""),
+    ("adamw_32bit", ", gpt2", {"precision": "amp_bf16"}),
+    ("adamw_32bit", " lora", LORA),
+    ("paged_adamw_32bit", ""),
+    ("paged_adamw_32bit", " lora checkpointed", LORA, CHECKPOINTED),
+    ("paged_adamw_32bit", " fp32", _FP32),
+    ("ademamix", ""),
+    ("ademamix", " lora", LORA),
+    ("ademamix", ", gpt2", _FP32),
+    ("ademamix_8bit", ""),
+    ("ademamix_8bit", ", tied", CHECKPOINTED),
+    ("ademamix_8bit", " fp32", _FP32),
+    ("paged_ademamix_8bit", ""),
+    ("paged_ademamix_32bit", ""),
+    ("lion_8bit", ""),
+    ("lion_8bit", ", gpt2", CHECKPOINTED),
+    ("lion_8bit", " amp", {"precision": "amp_bf16"}),
+    ("lion_32bit", ""),
+    ("lion_32bit", " lora", LORA),
+    ("paged_lion_8bit", ""),
+    ("paged_lion_8bit", " lora fp32", LORA, _FP32),
+    ("paged_lion_32bit", ""),
+    ("rmsprop_bnb_8bit", ""),
+    ("rmsprop_bnb_8bit", ", tied", _FP32),
+    ("rmsprop_bnb_32bit", " checkpointed", CHECKPOINTED),
+    ("adagrad_8bit", ""),
+    ("adagrad_32bit", " amp", {"precision": "amp_bf16"}),
+)
+
 RECIPES: Final[dict[str, Document]] = {
     # -- the optimizer in backward -------------------------------------------------------------
     "adamw in backward": _in_backward("adamw", SHORT),
@@ -42,6 +73,18 @@ RECIPES: Final[dict[str, Document]] = {
         "torch_adafactor", SHORT, {"precision": "amp_bf16"}
     ),
     "adamw in backward, lora": _in_backward("adamw", LORA, CHECKPOINTED),
+    # -- fused backward ------------------------------------------------------------------------
+    "lomo": _asked("lomo", SHORT),
+    "lomo fp32 checkpointed, tied": _asked("lomo", SHORT, CHECKPOINTED, {"precision": "fp32"}),
+    "lomo amp, gpt2": _asked("lomo", SHORT, {"precision": "amp_bf16"}),
+    "lomo, long": _asked("lomo", CHECKPOINTED),
+    "lomo lora": _asked("lomo", SHORT, LORA),
+    "adalomo": _asked("adalomo", SHORT),
+    "adalomo fp32 checkpointed, tied": _asked(
+        "adalomo", SHORT, CHECKPOINTED, {"precision": "fp32"}
+    ),
+    "adalomo, gpt2": _asked("adalomo", SHORT),
+    "adalomo eager, long": _asked("adalomo", CHECKPOINTED, {"attention": "eager"}),
     # -- torch ---------------------------------------------------------------------------------
     "adamw amsgrad": _asked("adamw", SHORT, amsgrad=True),
     "adam amsgrad single": _asked("adam", SHORT, amsgrad=True, implementation="single"),
@@ -72,6 +115,13 @@ RECIPES: Final[dict[str, Document]] = {
     "torch adafactor": _asked("torch_adafactor", SHORT),
     "torch adafactor foreach": _asked("torch_adafactor", SHORT, implementation="foreach"),
     "torch adafactor fp32, gpt2": _asked("torch_adafactor", SHORT, {"precision": "fp32"}),
+    # -- bitsandbytes --------------------------------------------------------------------------
+    **{
+        f"bitsandbytes {name}{suffix}": _asked(name, SHORT, *others)
+        for name, suffix, *others in _BITSANDBYTES
+    },
+    "bitsandbytes sgd_8bit": _asked("sgd_8bit", SHORT, momentum=0.9),
+    "bitsandbytes sgd_32bit lora": _asked("sgd_32bit", SHORT, LORA, momentum=0.9),
     # -- Adafactor of transformers -------------------------------------------------------------
     "adafactor with momentum": _asked("adafactor", SHORT, beta1=0.9),
     "adafactor with momentum fp32, tied": _asked(
@@ -87,7 +137,16 @@ MODELS: Final[dict[str, str]] = {
     "adafactor in backward fp32 checkpointed, tied": "llama-tied",
     "adafactor in backward, gpt2": "gpt2",
     "torch adafactor in backward amp": "qwen2",
+    "lomo fp32 checkpointed, tied": "llama-tied",
+    "lomo amp, gpt2": "gpt2",
+    "adalomo fp32 checkpointed, tied": "llama-tied",
+    "adalomo, gpt2": "gpt2",
     "nadam fp32, tied": "llama-tied",
+    "bitsandbytes adamw_32bit, gpt2": "gpt2",
+    "bitsandbytes ademamix, gpt2": "gpt2",
+    "bitsandbytes ademamix_8bit, tied": "llama-tied",
+    "bitsandbytes lion_8bit, gpt2": "gpt2",
+    "bitsandbytes rmsprop_bnb_8bit, tied": "llama-tied",
     "radam amp, gpt2": "gpt2",
     "adagrad single, tied": "llama-tied",
     "torch adafactor fp32, gpt2": "gpt2",
@@ -95,5 +154,11 @@ MODELS: Final[dict[str, str]] = {
 }
 
 FAST: Final = frozenset(
-    {"adamw single in backward, tied", "radam single", "torch adafactor in backward amp"}
+    {
+        "adamw single in backward, tied",
+        "lomo",
+        "bitsandbytes ademamix_8bit, tied",
+        "radam single",
+        "torch adafactor in backward amp",
+    }
 )

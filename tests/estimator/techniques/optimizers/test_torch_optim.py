@@ -60,8 +60,9 @@ def test_a_knob_of_another_optimizer_is_refused_with_those_that_have_it(
 @pytest.mark.parametrize(
     "changes", [{"gradient_accumulation_steps": 2}, {"precision": "master_bf16"}]
 )
+@pytest.mark.parametrize("optimizer", [{"in_backward": True}, {"name": "lomo"}])
 def test_an_optimizer_in_backward_refuses_what_needs_the_gradients_later(
-    changes: dict[str, Any],
+    optimizer: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    with pytest.raises(EstimatorError, match="in_backward"):
-        estimate({"model": {"config": TOY}, "optimizer": {"in_backward": True}, **changes})
+    with pytest.raises(EstimatorError, match="in backward"):
+        estimate({"model": {"config": TOY}, "optimizer": optimizer, **changes})
