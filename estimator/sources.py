@@ -193,6 +193,11 @@ SOURCES: Final[dict[str, Source]] = {
         "cut-cross-entropy 25.1.1, linear cross entropy without logits",
         "https://pypi.org/project/cut-cross-entropy/25.1.1/#files",
     ),
+    "trl": Source(
+        "code",
+        "TRL 1.16.0, SFTTrainer and its fused head",
+        "https://github.com/huggingface/trl/blob/v1.16.0/trl",
+    ),
     "flash-attention": Source(
         "code",
         "FlashAttention 2, CUDA host code",

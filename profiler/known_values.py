@@ -19,6 +19,9 @@ _READ: Final = torch.ops.aten._local_scalar_dense.default
 # The shape of their result is the number of values that pass a test.
 _COUNTING: Final = (torch.ops.aten.nonzero.default,)
 # fp32 because PEFT puts ones of that type before the padding mask.
+# The same, picked by a mask: `tensor[mask]`.
+_INDEX: Final = torch.ops.aten.index.Tensor
+_MASKED_SELECT: Final = torch.ops.aten.masked_select.default
 _EXACT: Final = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
 
@@ -52,6 +55,8 @@ class KnownValues:
 
         None if it is no such operator, or if the values are not known.
         """
+        if func in (_INDEX, _MASKED_SELECT):
+            return self._picked(func, args)
         if func not in _COUNTING or not all(map(self._is_known, args)):
             return None
         with unset_fake_temporarily():
@@ -59,6 +64,19 @@ class KnownValues:
         out = torch.empty(twin.shape, dtype=twin.dtype)
         self._twins[out] = twin
         return out
+
+    def _picked(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Return the fake result of picking what a known mask passes."""
+        tensor, chosen = args[0], args[1]
+        masks = [chosen] if func is _MASKED_SELECT else chosen
+        if len(masks) != 1 or masks[0] is None or masks[0].dtype != torch.bool:
+            return None
+        twin = self._twin(masks[0])
+        if twin is masks[0]:
+            return None
+        with unset_fake_temporarily():
+            passed = int(twin.sum())
+        return tensor.new_empty((passed, *tensor.shape[twin.dim() :]))
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Compute the real twin of an operator's result where all of its inputs have one."""

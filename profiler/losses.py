@@ -131,10 +131,67 @@ class CutCrossEntropy:
             yield
 
 
+class Chunked:
+    """The head that TRL's SFTTrainer gives the model, and the loss that it makes of it.
+
+    Source: trl/trainer/sft_trainer.py, `SFTTrainer.__init__` and `compute_loss`.
+    """
+
+    @property
+    def library(self) -> Library:
+        """TRL without its kernels."""
+        return without_kernels.library("trl", "trainer.utils", "kernels.chunked_logprob")
+
+    def fit(self, model: Any) -> None:
+        """Let the model return log-probabilities in place of logits, and reduce them."""
+        with self.library.present():
+            self.library["trainer.utils"].add_fused_lm_head(
+                model, outputs=("log_probs", "entropy", "is_top1")
+            )
+        fused = model.forward
+
+        def forward(self: Any, **inputs: Any) -> Any:
+            outputs = fused(fused_lm_head=True, **inputs)
+            per_token_loss = -outputs.log_probs
+            return {"loss": per_token_loss.sum() / outputs.label_mask.sum().clamp(min=1)}
+
+        model.forward = MethodType(forward, model)
+
+    @contextlib.contextmanager
+    def running(
+        self, model: Any, phase: PhaseCallback, compute_capability: tuple[int, int]
+    ) -> Iterator[None]:
+        """Announce the loss, and let TRL take what it takes on a GPU."""
+        import torch
+
+        library = self.library
+        head, kernel = library["trainer.utils"], library["kernels.chunked_logprob"]
+
+        def announce(name: str) -> None:
+            # The backward pass gathers the head as well.
+            if torch.is_grad_enabled():
+                phase(name)
+
+        def on_a_gpu(*_: Any) -> bool:
+            return True
+
+        def in_place(*_: Any) -> None:
+            """`_addmm_fp32` on a GPU: cuBLAS adds to the accumulator."""
+
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(library.present())
+            _wrap(patches, head, "maybe_gather_lm_head_ctx", before=announce)
+            for module in (head, kernel):
+                patches.enter_context(mock.patch.object(module, "_use_triton", on_a_gpu))
+            patches.enter_context(mock.patch.object(kernel, "_addmm_fp32", in_place))
+            yield
+
+
 LOSSES: Final[dict[str, Any]] = {
     "standard": ModelsOwn(),
     "fused_linear": FusedLinear(),
     "cut_cross_entropy": CutCrossEntropy(),
+    "chunked": Chunked(),
 }
 
 # Bytes of a number of half precision.

@@ -66,6 +66,7 @@ class Library:
             with (
                 mock.patch.object(torch, "compile", _uncompiled),
                 mock.patch.object(torch.compiler, "disable", _uncompiled),
+                mock.patch("transformers.utils.is_triton_available", _is_there),
             ):
                 yield
         finally:
@@ -144,6 +145,10 @@ class OnCuda(TorchFunctionMode):  # type: ignore[misc]  # torch is not typed her
 
 def _is_of(name: str, packages: tuple[str, ...]) -> bool:
     return name.partition(".")[0] in packages
+
+
+def _is_there(*_: Any, **__: Any) -> bool:
+    return True
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:

@@ -9,6 +9,7 @@ from msgspec import Struct
 from estimator.eager import ops
 from estimator.eager.size import BATCH, SEQ, Dim
 from estimator.eager.tensor import Tensor, view
+from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import CutCrossEntropy, FusedLinear, FusedLoss
 from estimator.model.litgpt import ChunkedLoss
 from estimator.model.spec import ModelSpec
@@ -63,4 +64,5 @@ LOSSES: Final[dict[str, Loss | ChunkedLoss | FusedLoss]] = {
     "litgpt": ChunkedLoss(),
     "fused_linear": FusedLinear(),
     "cut_cross_entropy": CutCrossEntropy(),
+    "chunked": ChunkedHead(),
 }

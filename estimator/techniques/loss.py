@@ -60,4 +60,5 @@ _LIGER_MODELS: Final = frozenset(
 FUSED_LOSSES: Final[dict[str, Fused]] = {
     "fused_linear": Fused("fused_linear", "Liger", _LIGER_MODELS),
     "cut_cross_entropy": Fused("cut_cross_entropy", "cut-cross-entropy"),
+    "chunked": Fused("chunked", "TRL"),
 }

@@ -13,6 +13,7 @@ _QLORA: Final[dict[str, Any]] = {
 }
 _CHECKPOINTED: Final[dict[str, Any]] = {"activation_checkpointing": "full"}
 _FUSED: Final[dict[str, Any]] = {"loss": "fused_linear"}
+_CHUNKED: Final[dict[str, Any]] = {"loss": "chunked"}
 _CUT: Final[dict[str, Any]] = {"loss": "cut_cross_entropy"}
 
 RECIPES: Final[dict[str, dict[str, Any]]] = {
@@ -44,6 +45,18 @@ RECIPES: Final[dict[str, dict[str, Any]]] = {
     "cut_cross_entropy adafactor checkpointed": {
         "optimizer": "adafactor", **_CUT, **_CHECKPOINTED, "autocast": "bf16",
     },
+    "chunked": {**_FULL, **_CHUNKED},
+    "chunked fp32": {**_FULL, **_CHUNKED, "precision": "fp32"},
+    "chunked amp_bf16 checkpointed, two chunks": {
+        **_FULL, **_CHUNKED, **_CHECKPOINTED, "precision": "amp_bf16", "seq_len": 2731,
+    },
+    "chunked tied head, two chunks": {**_FULL, **_CHUNKED, "seq_len": 2000},
+    "chunked lora autocast": {**_LORA, **_CHUNKED, "autocast": "bf16"},
+    "chunked qlora checkpointed": {**_QLORA, **_CHUNKED, **_CHECKPOINTED},
+    "chunked capped logits, accumulation": {
+        **_FULL, **_CHUNKED, "gradient_accumulation_steps": 3,
+    },
+    "chunked padded": {**_FULL, **_CHUNKED, "padding": True},
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
@@ -53,9 +66,14 @@ MODELS: Final[dict[str, str]] = {
     "fused_linear capped logits": "gemma2",
     "fused_linear accumulation padded": "mistral-window",
     "cut_cross_entropy lora checkpointed": "qwen3",
+    "chunked tied head, two chunks": "llama-tied",
+    "chunked amp_bf16 checkpointed, two chunks": "qwen2",
+    "chunked lora autocast": "gpt_neox",
+    "chunked capped logits, accumulation": "gemma2",
+    "chunked padded": "falcon",
     "cut_cross_entropy tied head": "qwen2",
     "cut_cross_entropy capped logits": "gemma2",
     "cut_cross_entropy fp16 checkpointed": "gpt2",
 }
 
-FAST: Final = frozenset({"fused_linear", "fused_linear amp_bf16", "cut_cross_entropy"})
+FAST: Final = frozenset({"fused_linear", "fused_linear amp_bf16", "cut_cross_entropy", "chunked"})

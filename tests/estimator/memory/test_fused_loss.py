@@ -9,6 +9,7 @@ import pytest
 from estimator.eager.size import dim, powers
 from estimator.eager.tensor import Regime
 from estimator.errors import UnsupportedCombinationError
+from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import FusedLinear
 from estimator.memory.trace import trace
 from estimator.pipeline import answer
@@ -79,7 +80,7 @@ def test_cut_cross_entropy_costs_gemma_2_what_its_paper_says():
     assert 1163 <= found / 2**20 <= 1164
 
 
-@pytest.mark.parametrize("loss", ["fused_linear", "cut_cross_entropy"])
+@pytest.mark.parametrize("loss", ["fused_linear", "cut_cross_entropy", "chunked"])
 def test_a_frozen_head_gets_no_gradient(loss):
     frozen = _answer(LLAMA, loss=loss, method="lora", activation_checkpointing="full")
     rows = [row for part in frozen.breakdown for row in part.rows]
@@ -96,8 +97,19 @@ def test_liger_refuses_a_model_that_it_does_not_patch():
         _answer(GPT2, loss="fused_linear", seq_len=32)
 
 
-@pytest.mark.parametrize("loss", ["fused_linear", "cut_cross_entropy"])
+@pytest.mark.parametrize("loss", ["fused_linear", "cut_cross_entropy", "chunked"])
 def test_a_fused_loss_refuses_an_adapter_on_the_head(loss):
     adapted = {"name": "lora", "target_modules": ["lm_head", "q_proj"]}
     with pytest.raises(UnsupportedCombinationError, match="but its weight"):
         _answer(LLAMA, loss=loss, method=adapted)
+
+
+def test_the_tile_of_trl_has_the_size_that_its_source_names():
+    # trl/kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE = 4096; trl/trainer/utils.py,
+    # _CHUNKED_LOGPROB_CHUNK_SIZE = 32768: 256 MiB in bf16, for any longer batch.
+    seen = trace(
+        resolve(parse_request({"model": {"config": LLAMA}, "loss": "chunked"}), LLAMA, "model"),
+        Regime(loss_rows=ChunkedHead().rows(None, 8192)),  # type: ignore[arg-type]
+    )
+    tiles = [kind for kind in seen.kinds if kind.name == "loss.tile of logits"]
+    assert [kind.size for kind in tiles] == [(256 * 2**20, 0)]
