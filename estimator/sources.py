@@ -237,6 +237,41 @@ SOURCES: Final[dict[str, Source]] = {
     "liu2021": Source(
         "paper", "GPT understands, too (P-tuning)", "https://arxiv.org/abs/2103.10385"
     ),
+    "liu2022": Source(
+        "paper",
+        "Few-shot parameter-efficient fine-tuning is better and cheaper than in-context learning",
+        "https://arxiv.org/abs/2205.05638",
+    ),
+    "zhao2023": Source(
+        "paper",
+        "Tuning LayerNorm in attention: towards efficient multi-modal LLM finetuning",
+        "https://arxiv.org/abs/2312.11420",
+    ),
+    "nam2021": Source(
+        "paper",
+        "FedPara: low-rank Hadamard product for communication-efficient federated learning (LoHa)",
+        "https://arxiv.org/abs/2108.06098",
+    ),
+    "yeh2023": Source(
+        "paper",
+        "Navigating text-to-image customization: from LyCORIS fine-tuning to model evaluation",
+        "https://arxiv.org/abs/2309.14859",
+    ),
+    "gao2024": Source(
+        "paper",
+        "Parameter-efficient fine-tuning with discrete Fourier transform",
+        "https://arxiv.org/abs/2405.03003",
+    ),
+    "qiu2023": Source(
+        "paper",
+        "Controlling text-to-image diffusion by orthogonal finetuning (OFT)",
+        "https://arxiv.org/abs/2306.07280",
+    ),
+    "liu2023boft": Source(
+        "paper",
+        "Parameter-efficient orthogonal finetuning via butterfly factorization (BOFT)",
+        "https://arxiv.org/abs/2311.06243",
+    ),
     "li2021": Source(
         "paper",
         "Prefix-tuning: optimizing continuous prompts for generation",

@@ -216,6 +216,8 @@ def refuse_unsupported(request: EstimateRequest) -> None:
             "activation checkpointing drops the key-value cache in which a prefix lives; use "
             "activation_checkpointing none, or method prompt_tuning"
         )
+    if request.quantization is not None:
+        request.method.refuse(request.quantization.name)
     if request.quantization is not None and request.method.trains_base:
         raise InvalidRequestError(
             "quantized base weights cannot be trained; use method=lora with quantization"

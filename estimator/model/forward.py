@@ -160,7 +160,7 @@ class Forward:
 
     def layer_norm(self, x: Tensor, name: str) -> Tensor:
         """Run torch's LayerNorm."""
-        weights = [self.param(name, each) for each in self._find(name, Norm).weights()]
+        weights = [self.param(name, each) for each in self._find(name, Norm).used()]
         weight, bias = (*weights, None, None)[:2]
         with self.tape.module(name):
             return ops.layer_norm(x, weight, bias)
@@ -188,7 +188,7 @@ class Forward:
 
     def norm_weight(self, name: str) -> Param:
         """Return a norm's weight."""
-        return self.param(name, self._find(name, Norm).weights()[0])
+        return self.param(name, self._find(name, Norm).used()[0])
 
     def _find(self, name: str, kind: type[M]) -> M:
         module = self.modules[name]

@@ -155,13 +155,26 @@ class Linear(Module, frozen=True, eq=False, kw_only=True):
 
 
 class Norm(Module, frozen=True, eq=False, kw_only=True):
-    """A normalisation with a weight and, for LayerNorm, a bias; or with neither (not `affine`)."""
+    """A normalisation with a weight and, for LayerNorm, a bias; or with neither (not `affine`).
+
+    Args:
+        copied: a copy is used and trained in place of the weights, which stay beside it.
+    """
 
     width: Dim
     bias: bool = False
     affine: bool = True
+    copied: bool = False
 
     def weights(self) -> tuple[Weight, ...]:
+        if not self.copied:
+            return self.used()
+        frozen = replace(self, trainable=False, trainable_bias=False, copied=False)
+        originals = [replace(each, name=f"base_layer.{each.name}") for each in frozen.used()]
+        return (*self.used(), *originals)
+
+    def used(self) -> tuple[Weight, ...]:
+        """Return the tensors that the forward pass reads."""
         if not self.affine:
             return ()
         shape, bias = (self.width,), self.trainable or self.trainable_bias

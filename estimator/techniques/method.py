@@ -23,12 +23,14 @@ class Method(Kind, frozen=True):
     Args:
         stage: methods apply before weights get their types and formats.
         trains_base: weights of the model itself are trained, so they cannot be quantized.
+        quantizations: names of the formats of the base weights that it goes with; None for all.
         peft: name of PEFT's configuration class, if PEFT runs the method.
         source: the paper or the upstream line.
     """
 
     stage: ClassVar[Stage] = Stage.ADAPT
     trains_base: ClassVar[bool] = False
+    quantizations: ClassVar[frozenset[str] | None] = None
     peft: ClassVar[str | None] = None
     source: ClassVar[Cite]
 
@@ -40,6 +42,19 @@ class Method(Kind, frozen=True):
     def apply(self, run: Run) -> Run:
         """Return the run with the method in it."""
         raise NotImplementedError
+
+    def refuse(self, quantization: str) -> None:
+        """Refuse a format of the base weights that the method does not go with.
+
+        Raises:
+            UnsupportedCombinationError: by name, with what to use instead.
+        """
+        if self.quantizations is not None and quantization not in self.quantizations:
+            known = ", ".join(sorted(self.quantizations)) or "none"
+            raise UnsupportedCombinationError(
+                f"PEFT's layers of {self.name} do not run over {quantization} weights (it takes: "
+                f"{known}); use lora, or no quantization"
+            )
 
 
 class Targets(Struct, frozen=True):

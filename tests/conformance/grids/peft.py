@@ -17,6 +17,9 @@ PROJECTED: Final[Document] = {
     "method": {"name": "prefix_tuning", "num_virtual_tokens": 24, "prefix_projection": True},
 }
 
+IA3: Final[Document] = {"method": "ia3"}
+LN: Final[Document] = {"method": "ln_tuning"}
+
 RECIPES: Final[dict[str, Document]] = {
     "prompt tuning": PROMPT,
     "prompt tuning checkpointed": {**PROMPT, **CHECKPOINTED},
@@ -45,6 +48,19 @@ RECIPES: Final[dict[str, Document]] = {
     "prefix tuning with a projection, accumulation": {
         **PROJECTED, "gradient_accumulation_steps": 4,
     },
+    "ia3": IA3,
+    "ia3 checkpointed": {**IA3, **CHECKPOINTED},
+    "ia3 amp": {**IA3, "precision": "amp_bf16"},
+    "ia3 nf4": {**IA3, **NF4},
+    "ia3 nf4 without autocast": {**IA3, "quantization": "nf4"},
+    "ia3 int8": {**IA3, "quantization": "int8", "autocast": "bf16"},
+    "ia3 on every linear layer": {"method": {"name": "ia3", "target_modules": "all-linear"}},
+    "ia3 of bloom": {**IA3, **CHECKPOINTED},
+    "ln tuning": LN,
+    "ln tuning amp": {**LN, "precision": "amp_bf16"},
+    "ln tuning nf4 checkpointed": {**LN, **NF4, **CHECKPOINTED},
+    "ln tuning padded": {**LN, **PADDED},
+    "ln tuning of gemma3": {**LN, **CHECKPOINTED},
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
@@ -55,6 +71,10 @@ MODELS: Final[dict[str, str]] = {
     "prefix tuning of gpt_neox": "gpt_neox",
     "prefix tuning with a projection, amp": "gpt2",
     "prefix tuning with a projection": "llama-mha",
+    "ia3 checkpointed": "gpt2",
+    "ia3 of bloom": "bloom",
+    "ln tuning amp": "gpt2",
+    "ln tuning of gemma3": "gemma3",
 }
 
-FAST: Final = frozenset({"prompt tuning", "p-tuning amp checkpointed", "prefix tuning"})
+FAST: Final = frozenset({"prompt tuning", "p-tuning amp checkpointed", "prefix tuning", "ia3", "ln tuning"})
