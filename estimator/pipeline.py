@@ -108,6 +108,7 @@ class Engine:
 
     def _regime(self, micro_batch_size: int, seq_len: int) -> Regime:
         """Return the switches; one that this run has no use for stays where it is."""
+        micro_batch_size, seq_len = self.run.batch(micro_batch_size, seq_len)
         seq_len, second = self.run.lengths(seq_len)
         tokens = micro_batch_size * seq_len
         looked_up = tokens if self.trains_embeddings else micro_batch_size * self.run.prefix_tokens
@@ -119,9 +120,14 @@ class Engine:
             loss_rows=LOSSES[self.run.loss].rows(self.run.spec, tokens),
         )
 
+    def numbers(self, micro_batch_size: int, seq_len: int) -> tuple[int, int, int]:
+        """Return the rows that the model sees, their length and the second length."""
+        rows, tokens = self.run.batch(micro_batch_size, seq_len)
+        return (rows, *self.run.lengths(tokens))
+
     def read(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Reading:
         """Return the peak at one micro-batch and length on one kind of device."""
-        at = powers(micro_batch_size, *self.run.lengths(seq_len))
+        at = powers(*self.numbers(micro_batch_size, seq_len))
         top = self.step(micro_batch_size, seq_len).top(at)
         return Reading(top, rounded_bytes(top, at) + HANDLES * constants.cublas_workspace)
 
@@ -137,7 +143,7 @@ class Engine:
         key = (micro_batch_size, seq_len, workspace, capacity)
         if self._replayed is None or self._replayed[0] != key:
             regime = self._regime(micro_batch_size, seq_len)
-            at = powers(micro_batch_size, *self.run.lengths(seq_len))
+            at = powers(*self.numbers(micro_batch_size, seq_len))
             found = blocks(self.run, regime, at, workspace, capacity)
             self._replayed = (key, found)
         return self._replayed[1]
@@ -246,18 +252,19 @@ def answer(
     engine = engine_for(request, config, name)
     device = device_of(gpu, request)
     b, s = request.micro_batch_size, request.seq_len
-    at = powers(b, *engine.run.lengths(s))
+    numbers = engine.numbers(b, s)
+    at = powers(*numbers)
     needed = needed_range(engine.read(b, s, device.constants).allocated, device.constants)
     replayed = engine.blocks(b, s, device)
     highest = tuple(
         Highest(moment, replayed.rounding.get(moment.name, 0))
         for moment in engine.step(b, s).highest(at)
     )
-    view = View(at, (b, *engine.run.lengths(s)), device.constants)
+    view = View(at, numbers, device.constants)
     peak = max(highest, key=view.allocated)
     allocated = allocated_range(view.allocated(peak))
     reserved = reserved_range(max(replayed.reserved, allocated.expected))
-    pinned = engine.step(b, s).pinned_bytes(powers(b, s))
+    pinned = engine.step(b, s).pinned_bytes(at)
     spec = engine.run.spec
     total = spec.total_parameters()
     software = profile(request.software.framework, request.software.version)

@@ -121,7 +121,7 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
     chosen: list[Technique] = [
         request.method,
         Precision(request.precision, request.autocast),
-        Attention(request.attention, request.padding),
+        Attention(request.attention, request.padding, request.packing),
         Software(profile(request.software.framework, request.software.version)),
         Training(
             optimizer,
@@ -151,7 +151,6 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
         ),
         f"loss {request.loss!r}": request.loss not in ("standard", *FUSED_LOSSES),
         f"kernels {list(request.kernels)}": bool(request.kernels),
-        "packing": request.packing,
         "an optimizer in backward with precision 'master_bf16'": (
             optimizer.in_backward and request.precision == "master_bf16"
         ),

@@ -63,6 +63,15 @@ class Run(Struct, frozen=True):
     prompt_tokens: int = 0
     prefix_tokens: int = 0
 
+    def batch(self, micro_batch_size: int, seq_len: int) -> tuple[int, int]:
+        """Return the rows that the model sees, and their length: packed sequences are one row.
+
+        Source: hf-collator, DataCollatorWithFlattening.
+        """
+        if self.settings.packing:
+            return 1, micro_batch_size * seq_len
+        return micro_batch_size, seq_len
+
     def lengths(self, seq_len: int) -> tuple[int, int]:
         """Return the length of the layers and the second one: of the text, or of the keys."""
         return seq_len + self.prompt_tokens, seq_len + self.prefix_tokens

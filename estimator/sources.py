@@ -117,6 +117,11 @@ SOURCES: Final[dict[str, Source]] = {
         "transformers 5.23.0, loading of models",
         f"{_HF}/src/transformers/modeling_utils.py",
     ),
+    "hf-collator": Source(
+        "code",
+        "transformers 5.23.0, data collators",
+        f"{_HF}/src/transformers/data/data_collator.py",
+    ),
     "hf-loss": Source(
         "code",
         "transformers 5.23.0, loss of causal language models",

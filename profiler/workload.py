@@ -199,7 +199,6 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         "attention": (request.attention, ("eager", "sdpa", "flash_attention_2")),
         "loss": (request.loss, tuple(losses.LOSSES)),
         "kernels": (request.kernels, ((),)),
-        "packing": (request.packing, (False,)),
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
         "hardware.num_gpus": (request.hardware.num_gpus, (1,)),
         "software.framework": (request.software.framework, ("transformers",)),
@@ -255,14 +254,33 @@ def model_config(config: dict[str, Any]) -> Any:
 
 
 def batch(request: EstimateRequest, device: str) -> dict[str, Any]:
-    """Return one batch as HF's data collators make it; with padding, the last token is padding."""
+    """Return one batch as HF's data collators make it; with padding, the last token is padding.
+
+    Packed sequences are one row with positions, as DataCollatorWithFlattening makes it.
+    """
     import torch
+
+    if request.packing:
+        return _packed_batch(request, device)
 
     shape = (request.micro_batch_size, request.seq_len)
     inputs = {name: torch.ones(shape, dtype=torch.int64, device=device) for name in _MODEL_INPUTS}
     if request.padding:
         inputs["attention_mask"][-1, -1:].fill_(0)
     return inputs
+
+
+def _packed_batch(request: EstimateRequest, device: str) -> dict[str, Any]:
+    import torch
+
+    rows, length = request.micro_batch_size, request.seq_len
+    flat = (1, rows * length)
+    positions = torch.arange(rows * length, dtype=torch.int64, device=device) % length
+    return {
+        "input_ids": torch.ones(flat, dtype=torch.int64, device=device),
+        "position_ids": positions.view(flat),
+        "labels": torch.ones(flat, dtype=torch.int64, device=device),
+    }
 
 
 def sites(model: Any) -> dict[str, str]:

@@ -159,7 +159,10 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
     forward.checkpointing = run.checkpointing
-    batch = [_input(tape, name, run) for name in ("input_ids", "attention_mask", "labels")]
+    second = "position_ids" if run.settings.packing else "attention_mask"
+    batch = [_input(tape, name, run) for name in ("input_ids", second, "labels")]
+    if run.settings.packing:
+        forward.names["position_ids"] = batch[1]
     tape.autocast_enabled = run.autocast is not None
     if run.checkpointing is not None and run.checkpointing.scope == "none":
         tape.frame = SaveOnHost(tape)

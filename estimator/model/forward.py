@@ -29,11 +29,13 @@ class Settings(Struct, frozen=True):
     Args:
         attention: `eager`, `sdpa` or `flash_attention_2`.
         padding: some rows of the micro-batch end in padding, so that masks are built.
+        packing: the sequences are one row, and `position_ids` say where each begins.
         keeps_cache: keys and values stay alive until the outputs do (use_cache).
     """
 
     attention: str = "sdpa"
     padding: bool = False
+    packing: bool = False
     keeps_cache: bool = False
 
 
@@ -238,9 +240,9 @@ class Forward:
     def prepare_masks(self, kinds: Iterable[LayerKind]) -> None:
         """Build the masks that the model builds once for all layers.
 
-        SDPA needs none while attention is plainly causal; padding, a prefix in the cache, and a
-        window that the length exceeds, need one. Eager attention always adds a float mask.
-        FlashAttention takes the padding mask itself.
+        SDPA needs none while attention is plainly causal; padding, packed sequences, a prefix in
+        the cache, and a window that the length exceeds, need one. Eager attention always adds a
+        float mask. FlashAttention takes the padding mask itself.
 
         Shapes:
             mask  [b, 1, s, s]  1 byte for sdpa, the width of the model for eager; with a prefix
@@ -253,7 +255,8 @@ class Forward:
         eager = self.settings.attention == "eager"
         for kind in kinds:
             windowed = kind.sliding_window is not None
-            needed = eager or self.settings.padding or (windowed and self.exceeds(kind))
+            masked = self.settings.padding or self.settings.packing
+            needed = eager or masked or (windowed and self.exceeds(kind))
             shape = PREFIXED_MASK if self.prefixes else MASK
             needed = needed or bool(self.prefixes)
             key = "sliding" if windowed else "full"

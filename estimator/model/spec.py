@@ -281,6 +281,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
         supports_sdpa: whether the model class runs torch's scaled dot product attention.
         supports_flash: whether it runs FlashAttention 2.
         attention_interface: attention is a function that transformers looks up by name.
+        takes_positions: `position_ids` of the batch reach the mask and the embeddings.
         broadcasts_keys: sdpa gets one key head for all query heads, which no fused kernel takes.
     """
 
@@ -302,6 +303,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
     supports_flash: bool = True
     broadcasts_keys: bool = False
     attention_interface: bool = True
+    takes_positions: bool = True
     notes: tuple[str, ...] = ()
 
     @property

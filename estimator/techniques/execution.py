@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from estimator.eager.checkpoint import Checkpointing
-from estimator.errors import UnsupportedCombinationError
+from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.spec import ModelSpec
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.stage import Stage
@@ -21,6 +21,7 @@ class Attention(Struct, frozen=True):
     stage: ClassVar[Stage] = Stage.KERNEL
     name: str
     padding: bool
+    packing: bool = False
 
     def apply(self, run: Run) -> Run:
         """Set the attention of every layer.
@@ -28,11 +29,20 @@ class Attention(Struct, frozen=True):
         transformers takes `sdpa` by itself where the model class has it, and `eager` elsewhere.
 
         Raises:
-            UnsupportedCombinationError: FlashAttention for a model class that does not run it.
+            InvalidRequestError: sequences that are packed and padded.
+            UnsupportedCombinationError: FlashAttention for a model class that does not run it;
+                packed sequences for one that is not told the positions.
 
         Source: hf-loading, get_correct_attn_implementation.
         """
         name, spec = self.name, run.spec
+        if self.packing and self.padding:
+            raise InvalidRequestError("packed sequences have no padding; give padding or packing")
+        if self.packing and not spec.takes_positions:
+            raise UnsupportedCombinationError(
+                f"packing has no sourced answer for {spec.model_type} models, which do not tell "
+                "packed sequences apart by position_ids here; use padding"
+            )
         if name == "flash_attention_2" and not spec.supports_flash:
             raise UnsupportedCombinationError(
                 f"transformers does not run flash_attention_2 with this {spec.model_type} model; "
@@ -46,7 +56,7 @@ class Attention(Struct, frozen=True):
                 f"to eager, which keeps every score{advice}"
             )
             spec = replace(spec, notes=(*spec.notes, note))
-        settings = replace(run.settings, attention=name, padding=self.padding)
+        settings = replace(run.settings, attention=name, padding=self.padding, packing=self.packing)
         return replace(run, spec=spec, settings=settings)
 
 

@@ -61,7 +61,6 @@ def test_an_architecture_without_sdpa_says_what_is_run_instead() -> None:
             InvalidRequestError,
             "Target modules {'nothing'} not found",
         ),
-        (TINY, {"packing": True}, UnsupportedCombinationError, "packing=True"),
         (
             TINY,
             {"activation_checkpointing": "sometimes"},

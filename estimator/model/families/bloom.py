@@ -142,6 +142,7 @@ def read(config: Config) -> ModelSpec:
         supports_sdpa=False,
         supports_flash=False,
         attention_interface=False,
+        takes_positions=False,
         notes=config.notes,
     )
 

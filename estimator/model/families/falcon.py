@@ -214,6 +214,7 @@ def read(config: Config) -> ModelSpec:
         rotary_width=kind.heads.width.value,
         supports_flash=not alibi,
         attention_interface=False,
+        takes_positions=False,
         broadcasts_keys=kind.heads.groups > 1,
         notes=config.notes,
     )

@@ -33,7 +33,9 @@ class Gpt2:
         Source: hf-modeling, gpt2/modeling_gpt2.py, GPT2Model.forward.
         """
         tokens = run.embedding(ids, "wte")
-        numbers = run.tape.new("position_ids", (ONE, SEQ), DType.INT64, _MODEL)
+        numbers = run.names.get("position_ids")
+        if numbers is None:
+            numbers = run.tape.new("position_ids", (ONE, SEQ), DType.INT64, _MODEL)
         positions = run.embedding(numbers, "wpe")
         run.names.update(position_ids=numbers, position_embeds=positions)
         hidden = ops.add(tokens, positions, "sum of embeddings")

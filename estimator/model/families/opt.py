@@ -133,6 +133,7 @@ def read(config: Config) -> ModelSpec:
         tied=config.flag("tie_word_embeddings", True),
         layers_path="model.decoder.layers",
         max_positions=positions,
+        takes_positions=False,
         notes=config.notes,
     )
 

@@ -43,6 +43,16 @@ RECIPES: Final[dict[str, Document]] = {
     "saved tensors on the host amp": _checkpointing("save_on_cpu", precision="amp_bf16"),
     "saved tensors on the host lora": _checkpointing("save_on_cpu", **LORA),
     "saved tensors on the host padded": _checkpointing("save_on_cpu", padding=True),
+    "packed": {"packing": True},
+    "packed flash": {"packing": True, "attention": "flash_attention_2"},
+    "packed flash checkpointed": _checkpointing(
+        "full", packing=True, attention="flash_attention_2"
+    ),
+    "packed eager": {"packing": True, "attention": "eager"},
+    "packed amp": {"packing": True, "precision": "amp_bf16", "seq_len": 500},
+    "packed lora": {**LORA, "packing": True},
+    "packed checkpointed": _checkpointing("full", packing=True),
+    "packed accumulation": {"packing": True, "gradient_accumulation_steps": 3},
     "gradients set to zero": {"loop": {"set_to_none": False}},
     "gradients set to zero lora": {**LORA, "loop": {"set_to_none": False}},
     "gradients set to zero checkpointed": _checkpointing(
@@ -69,6 +79,11 @@ MODELS: Final[dict[str, str]] = {
     "saved tensors on the host amp": "qwen2",
     "saved tensors on the host padded": "gpt_neox",
     "gradients set to zero lora": "gpt2",
+    "packed flash checkpointed": "qwen2",
+    "packed eager": "gemma2",
+    "packed amp": "gpt2",
+    "packed lora": "gemma3",
+    "packed checkpointed": "gpt_neox",
 }
 
 FAST: Final = frozenset(
@@ -80,5 +95,7 @@ FAST: Final = frozenset(
         "offloaded checkpoints",
         "saved tensors on the host",
         "gradients set to zero",
+        "packed",
+        "packed flash",
     }
 )

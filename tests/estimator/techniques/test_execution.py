@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from estimator.eager.tensor import Regime
-from estimator.errors import UnsupportedCombinationError
+from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.memory.trace import Trace, trace
 from estimator.request import parse_request
 from estimator.resolve import resolve
@@ -96,3 +96,30 @@ def test_attention_alone_is_refused_where_it_is_no_function_of_its_own(config: d
     full |= {"hidden_size": 64, "n_head": 4, "num_attention_heads": 4}
     with pytest.raises(UnsupportedCombinationError, match="no function of its own"):
         _trace(full, activation_checkpointing="selective_attention")
+
+
+def test_packed_sequences_with_sdpa_cost_a_mask_of_all_tokens_squared():
+    """transformers, sdpa_mask: [1, 1, t, t] of booleans; the kernel's copy is two bytes wide."""
+    asked = {"model": "meta-llama/Llama-3.1-8B", "micro_batch_size": 4, "seq_len": 1024}
+    forward = [
+        next(
+            each.bytes
+            for each in estimate({**asked, "packing": packed, "attention": attention}).timeline
+            if each.moment == "loss forward"
+        )
+        for packed, attention in ((True, "sdpa"), (True, "flash_attention_2"))
+    ]
+    masks = 4096 * 4096 * (2 * 32)
+    repeated_heads = 32 * 4096 * 2 * 2 * (4096 - 1024)
+    # All layers keep the mask as the kernel takes it, and keys and values of every query head.
+    assert forward[0] - forward[1] == pytest.approx(masks + repeated_heads, rel=0.01)
+
+
+def test_packed_and_padded_sequences_contradict_each_other():
+    with pytest.raises(InvalidRequestError, match="padding or packing"):
+        _trace(LLAMA, packing=True, padding=True)
+
+
+def test_a_packed_row_needs_positions_up_to_one_sequence_only():
+    asked = {"model": {"config": GPT2}, "micro_batch_size": 4, "seq_len": 1024, "packing": True}
+    assert estimate(asked).peak.allocated_bytes.expected > 0
