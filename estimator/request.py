@@ -33,6 +33,7 @@ from estimator.techniques.methods.prompt_tuning import PromptTuning
 from estimator.techniques.quantization import Quantization as AnyQuantization
 from estimator.techniques.quantizations.four_bit import Fp4, Nf4
 from estimator.techniques.quantizations.int8 import Int8
+from estimator.techniques.quantizations.torchao_int8 import TorchaoInt8
 from estimator.techniques.software import PROFILES
 
 MAX_REQUEST_BYTES: Final = 1024 * 1024
@@ -62,7 +63,7 @@ Method = (
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
-Quantization = Nf4 | Fp4 | Int8
+Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8
 QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
 
 

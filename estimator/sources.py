@@ -203,6 +203,11 @@ SOURCES: Final[dict[str, Source]] = {
         "TRL 1.16.0, SFTTrainer and its fused head",
         "https://github.com/huggingface/trl/blob/v1.16.0/trl",
     ),
+    "torchao": Source(
+        "code",
+        "torchao 0.18.0, quantized tensors and float8 training",
+        "https://github.com/pytorch/ao/blob/v0.18.0/torchao",
+    ),
     "flash-attention": Source(
         "code",
         "FlashAttention 2, CUDA host code",

@@ -39,7 +39,7 @@ def fake_run(
         EstimatorError: the run is not supported, or the real stack refuses it.
     """
     progress(0.0, "building the model")
-    with warnings.catch_warnings(), eager_transformers():
+    with warnings.catch_warnings(), eager_transformers(), quantized.quiet_imports():
         # The stack's warnings are about code that is not the user's.
         warnings.simplefilter("ignore")
         resolved = workload.model_config(config)

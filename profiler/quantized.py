@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, Final
 
 from estimator.request import EstimateRequest
-from profiler.quantizations import bnb_4bit, bnb_8bit
+from profiler.quantizations import bnb_4bit, bnb_8bit, torchao_int8
 
-FORMATS: Final[dict[str, ModuleType]] = {"nf4": bnb_4bit, "fp4": bnb_4bit, "int8": bnb_8bit}
+FORMATS: Final[dict[str, ModuleType]] = {
+    "nf4": bnb_4bit,
+    "fp4": bnb_4bit,
+    "int8": bnb_8bit,
+    "torchao_int8": torchao_int8,
+}
 """The module that builds each quantization: `with_linears`, `packs`, `pack` and `tensors`."""
 
 _MODULES: Final = tuple(dict.fromkeys(FORMATS.values()))
@@ -43,6 +49,26 @@ def tensors(module: Any) -> dict[str, Any]:
     format_of = packing(module)
     kept: dict[str, Any] = format_of.tensors(module) if format_of is not None else {}
     return kept
+
+
+def parts(parameter: Any) -> dict[str, Any]:
+    """Return the tensors that a parameter is made of, by the end of their name."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return {"": parameter}
+    names, _ = parameter.__tensor_flatten__()
+    return {f".{name}": getattr(parameter, name) for name in names}
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keep torchao, which PEFT asks about every layer, from listing the kernels it lacks here."""
+    log = logging.getLogger("torchao")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager

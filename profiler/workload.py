@@ -174,7 +174,8 @@ def start(
 def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
     """Yield what lives before the first step: the tensor, its owner, what it is, its component."""
     for path, parameter in job.model.named_parameters():
-        yield parameter, path, "parameter", "weights"
+        for name, tensor in quantized.parts(parameter).items():
+            yield tensor, f"{path}{name}", "parameter", "weights"
     for path, module in job.model.named_modules():
         for name, tensor in quantized.tensors(module).items():
             yield tensor, f"{path}.{name}", "quantization state", "weights"
@@ -357,8 +358,8 @@ def bare_model(request: EstimateRequest, config: Any) -> Any:
 def _quantized(model: Any, request: EstimateRequest) -> Any:
     """Replace the linear layers by packed ones, as `from_pretrained` does."""
     peft = _import("peft")
-    _import("bitsandbytes")
     assert request.quantization is not None
+    _import(quantized.FORMATS[request.quantization.name].LIBRARY)
     model = quantized.with_packed_linears(model, request, _STORED[request.precision])
     if request.quantization.prepare_kbit:
         return peft.prepare_model_for_kbit_training(

@@ -359,8 +359,13 @@ class Forward:
         Source: hf-modeling, llama/modeling_llama.py, LlamaMLP.forward.
         """
         gate, up, down = names
-        hidden = activate(self.linear(x, gate), activation)
-        return self.linear(ops.mul(hidden, self.linear(x, up), "gated product"), down)
+        # Nothing gets a name, as upstream: the activated gate dies with the product.
+        return self.linear(
+            ops.mul(
+                activate(self.linear(x, gate), activation), self.linear(x, up), "gated product"
+            ),
+            down,
+        )
 
     def plain_mlp(
         self, x: Tensor, activation: str, names: tuple[str, str], p: float = 0.0

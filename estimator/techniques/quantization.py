@@ -40,8 +40,16 @@ class Quantization(Kind, frozen=True):
         """Return how a linear layer stores its weight, given the type that it had."""
         raise NotImplementedError
 
+    def packs(self, linear: Linear, spec: ModelSpec) -> bool:
+        """Whether a linear layer's weight is packed.
+
+        transformers replaces plain `nn.Linear` only, so a class of the model's own (Falcon's) stays
+        as it is (hf-library, integrations/bitsandbytes.py, replace_with_bnb_linear).
+        """
+        return not linear.spelled_out and not self.skips(linear, spec)
+
     def skips(self, linear: Linear, spec: ModelSpec) -> bool:
-        """Whether a linear layer keeps its weight as it is."""
+        """Whether a linear layer is left out by its name."""
         return linear.name == spec.head.name
 
     def notes(self) -> tuple[str, ...]:
@@ -50,9 +58,6 @@ class Quantization(Kind, frozen=True):
 
     def apply(self, run: Run) -> Run:
         """Return the run with packed linear layers.
-
-        transformers replaces plain `nn.Linear` only, so a class of the model's own (Falcon's) stays
-        as it is (hf-library, integrations/bitsandbytes.py, replace_with_bnb_linear).
 
         `prepare_model_for_kbit_training` casts norms, embeddings and head to fp32.
 
@@ -63,8 +68,7 @@ class Quantization(Kind, frozen=True):
         rest = DType.FLOAT32 if self.prepare_kbit and self.upcasts else stored
 
         def quantize(module: Module) -> Module:
-            plain = isinstance(module, Linear) and not module.spelled_out
-            if isinstance(module, Linear) and plain and not self.skips(module, run.spec):
+            if isinstance(module, Linear) and self.packs(module, run.spec):
                 return replace(module, format=packed, dtype=rest)
             return replace(module, dtype=rest)
 
@@ -75,15 +79,13 @@ class Quantization(Kind, frozen=True):
         return replace(run, spec=replace(spec, notes=(*spec.notes, *notes)))
 
 
-class BitsAndBytes(Quantization, frozen=True):
-    """What transformers' BitsAndBytesConfig says about either width.
+class Skipping(Quantization, frozen=True):
+    """A quantization that transformers applies itself, to every linear layer that is not left out.
 
     Args:
         skip_modules: ends of the names of linear layers that keep their weight; where it is given,
             transformers packs the head too, unless it is named.
     """
-
-    upcasts: ClassVar[bool] = True
 
     skip_modules: Annotated[
         Names, Meta(description="Ends of the names of linear layers that keep their weight.")
@@ -117,3 +119,9 @@ class BitsAndBytes(Quantization, frozen=True):
                     f"the end, such as {', '.join(known)}"
                 )
         return any(linear.name.endswith(each) for each in self.skip_modules)
+
+
+class BitsAndBytes(Skipping, frozen=True):
+    """What transformers' BitsAndBytesConfig says about either width."""
+
+    upcasts: ClassVar[bool] = True

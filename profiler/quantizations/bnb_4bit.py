@@ -8,6 +8,7 @@ from unittest import mock
 
 # bitsandbytes/functional.py, quantize_4bit: elements that share one scale, and scales that share
 # one scale of their own.
+LIBRARY: Final = "bitsandbytes"
 BLOCK: Final = 64
 NESTED_BLOCK: Final = 256
 _CODES: Final = 16

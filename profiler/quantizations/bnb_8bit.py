@@ -12,6 +12,7 @@ from profiler.quantizations import bnb_4bit
 
 Buffers = Iterable[tuple[str, int]]
 
+LIBRARY: Final = bnb_4bit.LIBRARY
 QUANTIZE: Final = "bitsandbytes::int8_vectorwise_quant"
 MULTIPLY: Final = "bitsandbytes::int8_scaled_mm"
 MULTIPLY_MIXED: Final = "bitsandbytes::int8_mixed_scaled_mm"

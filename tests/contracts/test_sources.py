@@ -113,7 +113,7 @@ def test_a_function_cites_what_its_docstring_names():
 
 _PACKAGE_PATH = re.compile(
     r"/blob/v?(?P<version>[\d.]+)/(?:src/)?"
-    r"(?P<package>torch|transformers|peft|accelerate|bitsandbytes)(?P<path>/.*)?$"
+    r"(?P<package>torchao|torch|transformers|peft|accelerate|bitsandbytes)(?P<path>/.*)?$"
 )
 # A file, or a name that is spelled as code: with an underscore, a dot or a capital inside.
 _FILE = re.compile(r"[\w/]+\.py\b")

@@ -9,6 +9,7 @@ Document = dict[str, Any]
 LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.05}}
 CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
 INT8: Final[Document] = {**LORA, "quantization": {"name": "int8"}, "autocast": "bf16"}
+TORCHAO: Final[Document] = {**LORA, "quantization": {"name": "torchao_int8"}, "autocast": "bf16"}
 
 
 def _qlora(**quantization: Any) -> Document:
@@ -54,12 +55,30 @@ RECIPES: Final[dict[str, Document]] = {
     "int8 skipped modules": {
         **INT8, "quantization": {"name": "int8", "skip_modules": ["lm_head", "q_proj"]},
     },
+    "torchao int8": TORCHAO,
+    "torchao int8 checkpointed": {**TORCHAO, **CHECKPOINTED},
+    "torchao int8 without autocast": {**TORCHAO, "autocast": None},
+    "torchao int8 fp32": {**TORCHAO, "precision": "fp32", "autocast": None},
+    "torchao int8 fp32 autocast": {**TORCHAO, "precision": "fp32"},
+    "torchao int8 unprepared": {
+        **TORCHAO, "autocast": None,
+        "quantization": {"name": "torchao_int8", "prepare_kbit": False},
+    },
+    "torchao int8 base adapters": {
+        **TORCHAO, **CHECKPOINTED, "method": {"name": "lora", "r": 12, "adapter_dtype": "base"},
+    },
+    "torchao int8 opt padded": {**TORCHAO, "padding": True},
+    "torchao int8 skipped modules": {
+        **TORCHAO,
+        "quantization": {"name": "torchao_int8", "skip_modules": ["lm_head", "up_proj"]},
+    },
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
     "int8 gpt2": "gpt2",
+    "torchao int8 opt padded": "opt",
     "int8 opt eager": "opt",
     "int8 gemma2 padded": "gemma2",
     "qlora fp16 compute gpt2": "gpt2",
 }
-FAST: Final = frozenset({"int8", "qlora fp32 compute"})
+FAST: Final = frozenset({"int8", "qlora fp32 compute", "torchao int8"})
