@@ -20,10 +20,10 @@ from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.full import Full
-from estimator.techniques.methods.ia3 import Ia3
-from estimator.techniques.methods.ln_tuning import LnTuning
 from estimator.techniques.methods.houlsby_adapter import HoulsbyAdapter
+from estimator.techniques.methods.ia3 import Ia3
 from estimator.techniques.methods.llama_adapter import LlamaAdapter, LlamaAdapterV2
+from estimator.techniques.methods.ln_tuning import LnTuning
 from estimator.techniques.methods.lora import Lora
 from estimator.techniques.methods.p_tuning import PTuning
 from estimator.techniques.methods.partial import Partial

@@ -173,6 +173,11 @@ SOURCES: Final[dict[str, Source]] = {
         "LLaMA-Adapter V2: Parameter-Efficient Visual Instruction Model",
         "https://arxiv.org/abs/2304.15010",
     ),
+    "lowmem": Source(
+        "code",
+        "usamec/lowmem_finetuning, full fine-tuning of Llama in bf16 with Adafactor",
+        "https://github.com/usamec/lowmem_finetuning/blob/6d8dc10f15d72218ddf4f2dd8f77e87f7edf0f0a",
+    ),
     "litgpt": Source(
         "code",
         "Lit-GPT of October 2023, its model and its fine-tuning scripts",

@@ -11,6 +11,7 @@ from estimator.errors import InvalidRequestError, MissingDependencyError
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
+from profiler import lowmem
 from profiler.unroll import Shortening
 
 if TYPE_CHECKING:
@@ -383,6 +384,11 @@ def _adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     )
 
 
+def _lowmem_adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    _refuse_implementation(asked)
+    return lowmem.optimizer(groups, LEARNING_RATE)
+
+
 def _lomo(model: Any, _: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return LOMO or AdaLomo as the Trainer builds it: no gradient norm is computed before."""
     _refuse_implementation(asked)
@@ -464,6 +470,7 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "adamw": _adamw,
     "sgd": _sgd,
     "adafactor": _adafactor,
+    "lowmem_adafactor": _lowmem_adafactor,
     "lomo": _lomo,
     "adalomo": _lomo,
     **dict.fromkeys(BITSANDBYTES, _bitsandbytes),

@@ -56,6 +56,45 @@ def _cast_back_by_trl(comparison: Comparison) -> str | None:
     )
 
 
+def _gradient_of_the_table(comparison: Comparison) -> str | None:
+    """The baseline's optimizer does not know the tied embeddings, so nobody frees their gradient.
+
+    It is there from the first step on; at the end of backward the head's and the embeddings' new
+    contributions stand beside it.
+
+    Source: usamec/lowmem_finetuning at 6d8dc10f, finetune_base.py, main.
+    """
+    row, peak = comparison.run.row, comparison.run.result.peak
+    if row.source_group != "usamec" or row.optimizer_in_backward:
+        return None
+    model = model_config(comparison.run.request, Access.CATALOGUE)
+    spec = engine_for(comparison.run.request, model.config, model.id).run.spec
+    gradient = FP32 * spec.vocab.value * spec.hidden.value
+    moments = {each.moment: each.bytes for each in comparison.run.result.timeline}
+    allocated = max(max(moments.values()) + gradient, moments["end of backward"] + 3 * gradient)
+    kept = peak.reserved_bytes.expected / peak.allocated_bytes.expected
+    outside = peak.device_used_bytes.expected - peak.reserved_bytes.expected
+    found = (allocated * kept + outside) / comparison.measured - 1
+    return (
+        f"the tied embeddings get a gradient that no optimizer frees: 4Vh = {gib(gradient)} all "
+        f"along, three of them at the end of backward; with them {found:+.2%}. The compiled model "
+        "is estimated as eager"
+    )
+
+
+def _unknown_card(comparison: Comparison) -> str | None:
+    """The source does not name its GPU, so the context is that of any."""
+    row, peak = comparison.run.row, comparison.run.result.peak
+    if row.source_group != "usamec":
+        return None
+    context = peak.device_used_bytes.expected - peak.reserved_bytes.expected
+    needed = comparison.measured - peak.reserved_bytes.expected
+    return (
+        f"the GPU is not named: {gib(round(needed))} beside the estimated reserved memory, context "
+        f"and loaded kernels among it; the estimate takes {gib(context)}"
+    )
+
+
 def _cache(comparison: Comparison) -> str | None:
     """The driver's figure holds the blocks that the allocator keeps, the tensors' does not."""
     if comparison.meter != "device used":
@@ -83,5 +122,7 @@ def _left(comparison: Comparison, less: int) -> str:
 
 EXPLANATIONS: Final[tuple[Callable[[Comparison], str | None], ...]] = (
     _cast_back_by_trl,
+    _gradient_of_the_table,
+    _unknown_card,
     _cache,
 )

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from benchmarks.accuracy.meters import meter_of
 from benchmarks.accuracy.published import Row
-from estimator.techniques.optimizers import OPTIMIZERS
 
 
 class InexpressibleError(Exception):
@@ -60,7 +59,7 @@ def _sharding(row: Row) -> str | None:
 
 
 def _method(row: Row) -> str | None:
-    known = ("full", "lora", "qlora", "adapter", "adapter_v2")
+    known = ("full", "lora", "qlora", "adapter", "adapter_v2", "lomo")
     return f"method: {row.method}" if row.method not in known else None
 
 
@@ -92,7 +91,6 @@ def _weights(row: Row) -> str | None:
 OTHER_LOSSES: Final = {
     "fused triton CE": "framework kernels: FOAK",
     "liger": "loss: fused linear (Liger)",
-    "cut_ce": "loss: cut cross entropy",
     "chunked (CEW": "loss: chunked",
 }
 
@@ -102,12 +100,12 @@ def _loss(row: Row) -> str | None:
     return next((reason for key, reason in OTHER_LOSSES.items() if loss.startswith(key)), None)
 
 
+# Sources whose compiled model is estimated as eager PyTorch runs it; their rule says so.
+EAGER: Final = ("usamec",)
+
+
 def _compile(row: Row) -> str | None:
-    return "torch.compile" if row.compile else None
-
-
-def _optimizer(row: Row) -> str | None:
-    return "optimizer step in backward" if row.optimizer_in_backward else None
+    return "torch.compile" if row.compile and row.source_group not in EAGER else None
 
 
 def _unstated(row: Row) -> str | None:
@@ -124,7 +122,7 @@ def _unknown_meter(row: Row) -> str | None:
 
 REFUSALS: Final[tuple[Refusal, ...]] = (
     _no_training_step, _no_meter, _sharding, _method, _model_code, _task, _weights, _loss,
-    _compile, _optimizer, _unstated, _unknown_meter,
+    _compile, _unstated, _unknown_meter,
 )  # fmt: skip
 
 
@@ -237,8 +235,6 @@ def _litgpt(row: Row) -> dict[str, Any]:
     quantization = None
     if "quant" in detail:
         optimizer = {"name": "paged_adamw_32bit"}
-        if "paged_adamw_32bit" not in OPTIMIZERS:
-            raise InexpressibleError("optimizer: bitsandbytes' paged AdamW in 32 bits")
         quantization = {"name": "nf4", "double_quant": "dq" in detail["quant"]}
         quantization["prepare_kbit"] = False
     method: dict[str, Any]
@@ -269,6 +265,61 @@ def _litgpt(row: Row) -> dict[str, Any]:
     }
 
 
+LAYERS: Final = {"meta-llama/Llama-3.2-1B": 16, "meta-llama/Llama-3.1-8B": 32}
+
+
+def _lowmem(row: Row) -> dict[str, Any]:
+    """usamec/lowmem_finetuning: two scripts with loops of their own over transformers' Llama.
+
+    Only the layers are given to the optimizer. The baseline keeps fp32 weights, holds the logits
+    through backward, and compiles the model, which is estimated as eager; the other script has
+    weights in bf16, no loss over logits, and an optimizer of its own inside backward. Autocast to
+    bf16 is on in both. Every row of a batch is padded to 160 tokens.
+    """
+    layers = {"name": "partial", "last_layers": LAYERS[row.model]}
+    document: dict[str, Any] = {
+        "model": row.model,
+        "method": layers,
+        "micro_batch_size": row.micro_batch_size,
+        "seq_len": row.seq_len,
+        "padding": True,
+        "activation_checkpointing": "full",
+    }
+    if row.optimizer_in_backward:
+        return {
+            **document,
+            "precision": "bf16",
+            "autocast": "bf16",
+            "loss": "cut_cross_entropy",
+            "optimizer": {"name": "lowmem_adafactor", "in_backward": True},
+        }
+    adam = {"name": "adam", "implementation": "foreach"}
+    return {
+        **document,
+        "precision": "amp_bf16",
+        "loop": {"keep_outputs": True},
+        "optimizer": adam if "Adam (" in (row.optimizer or "") else {"name": "lowmem_adafactor"},
+    }
+
+
+def _lomo(row: Row) -> dict[str, Any]:
+    """LOMO's paper, table 2: fp16 weights, the optimizer in backward, checkpointing.
+
+    The code trains Llama with transformers of spring 2023 under DeepSpeed's launcher; on one GPU
+    nothing is sharded.
+    """
+    return {
+        "model": row.model,
+        "precision": "fp16",
+        "optimizer": {"name": "lomo"},
+        "micro_batch_size": row.micro_batch_size,
+        "seq_len": row.seq_len,
+        "activation_checkpointing": "full",
+        "attention": "eager",
+        "software": {"version": "4.45"},
+    }
+
+
 def _names(targets: str | list[str]) -> list[str]:
     return [targets] if isinstance(targets, str) else targets
 
@@ -277,4 +328,6 @@ RULES: Final[dict[str, Callable[[Row], dict[str, Any]]]] = {
     "fms-main": _fms,
     "ms-swift": _swift,
     "litgpt-resource-tables": _litgpt,
+    "usamec": _lowmem,
+    "lomo-paper": _lomo,
 }

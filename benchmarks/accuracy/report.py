@@ -151,12 +151,12 @@ def why(comparison: Comparison) -> str:
 def recipe(request: EstimateRequest) -> str:
     """Return the recipe of a request in a few words."""
     method, quantization = request.method, request.quantization
-    name = "full"
+    name = method.name
     if isinstance(method, Lora):
         name = f"{'QLoRA' if quantization else 'LoRA'} r={method.r}"
     prepared = ", k-bit preparation" if quantization and quantization.prepare_kbit else ""
     precision = request.precision + (f" + autocast {request.autocast}" if request.autocast else "")
-    optimizer = f"{request.optimizer.name} {request.optimizer.implementation}"
+    optimizer = f"{request.optimizer.name} {request.optimizer.implementation or ''}".strip()
     return (
         f"{name}{prepared}, {precision}, {optimizer}, "
         f"{request.micro_batch_size} x {request.seq_len}, "

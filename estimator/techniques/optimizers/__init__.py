@@ -7,6 +7,7 @@ from typing import Final
 from estimator.run import OptimizerChoice
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
 from estimator.techniques.optimizers.lomo import LOMO
+from estimator.techniques.optimizers.lowmem import LOWMEM
 from estimator.techniques.optimizers.row import OptimizerRow, State, Trained, trained
 from estimator.techniques.optimizers.temporaries import worst_moment
 from estimator.techniques.optimizers.torch_optim import TORCH
@@ -17,6 +18,7 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **TRANSFORMERS,
     **BITSANDBYTES,
     **LOMO,
+    **LOWMEM,
 }
 
 # Names that `TrainingArguments.optim` knows and we do not answer, and what to use instead.

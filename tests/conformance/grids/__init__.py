@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol
 
-from tests.conformance.grids import execution, lora, loss, methods, optimizers, peft, quantization
+from tests.conformance.grids import (
+    execution,
+    lora,
+    loss,
+    methods,
+    optimizers,
+    peft,
+    quantization,
+    software,
+)
 
 
 class Grid(Protocol):
@@ -19,4 +28,6 @@ class Grid(Protocol):
     FAST: frozenset[str]
 
 
-GRIDS: Final[tuple[Grid, ...]] = (execution, lora, loss, methods, optimizers, peft, quantization)
+GRIDS: Final[tuple[Grid, ...]] = (
+    execution, lora, loss, methods, optimizers, peft, quantization, software,
+)  # fmt: skip

@@ -77,4 +77,6 @@ MODELS: Final[dict[str, str]] = {
     "ln tuning of gemma3": "gemma3",
 }
 
-FAST: Final = frozenset({"prompt tuning", "p-tuning amp checkpointed", "prefix tuning", "ia3", "ln tuning"})
+FAST: Final = frozenset(
+    {"prompt tuning", "p-tuning amp checkpointed", "prefix tuning", "ia3", "ln tuning"}
+)
