@@ -232,6 +232,9 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(software, dict) and isinstance(framework, str) and framework in PROFILES:
         newest = next(iter(PROFILES[framework]))
         out["software"] = {"version": newest, **software}
+    if "liger" in (out.get("kernels") or ()) and "loss" not in out:
+        # `use_liger_kernel` brings its loss; whoever wants another one names it.
+        out["loss"] = "fused_linear"
     for alias in CHECKPOINTING_ALIASES:
         if alias in out and "activation_checkpointing" not in out:
             given = out.pop(alias)

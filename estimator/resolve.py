@@ -21,6 +21,7 @@ from estimator.techniques.execution import (
     Training,
     parse_checkpointing,
 )
+from estimator.techniques.kernels import KERNELS
 from estimator.techniques.loss import FUSED_LOSSES
 from estimator.techniques.optimizers import OPTIMIZERS, REFUSED
 from estimator.techniques.precision import Precision
@@ -133,6 +134,7 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
     ]
     if request.quantization is not None:
         chosen.append(request.quantization)
+    chosen += [KERNELS[each] for each in request.kernels]
     if request.loss in FUSED_LOSSES:
         chosen.append(FUSED_LOSSES[request.loss])
     checkpointing = parse_checkpointing(request.activation_checkpointing)
@@ -150,7 +152,9 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
             request.attention not in ("eager", "sdpa", "flash_attention_2")
         ),
         f"loss {request.loss!r}": request.loss not in ("standard", *FUSED_LOSSES),
-        f"kernels {list(request.kernels)}": bool(request.kernels),
+        f"kernels {list(request.kernels)} (known: {', '.join(KERNELS)})": not (
+            set(request.kernels) <= KERNELS.keys()
+        ),
         "an optimizer in backward with precision 'master_bf16'": (
             optimizer.in_backward and request.precision == "master_bf16"
         ),

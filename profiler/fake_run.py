@@ -17,7 +17,7 @@ from estimator.pipeline import device_of
 from estimator.request import EstimateRequest
 from estimator.service import requested_gpu
 from estimator.techniques.execution import parse_checkpointing
-from profiler import checkpointing, optimizers, quantized, stack, workload
+from profiler import checkpointing, kernels, optimizers, quantized, stack, workload
 from profiler.cuda_semantics import cuda_semantics
 from profiler.eager_transformers import eager_transformers
 from profiler.engine import DryRun, Progress
@@ -39,10 +39,16 @@ def fake_run(
         EstimatorError: the run is not supported, or the real stack refuses it.
     """
     progress(0.0, "building the model")
-    with warnings.catch_warnings(), eager_transformers(), quantized.quiet_imports():
+    with (
+        warnings.catch_warnings(),
+        eager_transformers(),
+        quantized.quiet_imports(),
+        contextlib.ExitStack() as patches,
+    ):
         # The stack's warnings are about code that is not the user's.
         warnings.simplefilter("ignore")
         resolved = workload.model_config(config)
+        patches.enter_context(kernels.restored(request, resolved.model_type))
         if not every_layer and not _names_layers(request):
             run = _from_few_layers(request, resolved, progress)
             if run is not None:
@@ -119,7 +125,7 @@ def _traced(
         quantized.on_cuda(),
         _refusals(),
     ):
-        job = workload.start(model, request, "cpu", capability)
+        job = workload.start(model, request, "cpu", capability, multiprocessors)
         meter = Meter(
             layers=layers,
             workspaces=Workspaces(capability, multiprocessors, constants.cublas_workspace),

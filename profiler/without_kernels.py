@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -41,6 +42,8 @@ class Library:
         self._package = package
         self._finder = _Finder(("triton", *missing))
         self._own: dict[str, ModuleType] = {}
+        # Libraries name the back ends that they do not find; none is looked for here.
+        logging.getLogger(package).setLevel(logging.ERROR)
         with self.present():
             for name in modules:
                 importlib.import_module(f"{package}.{name}")

@@ -23,7 +23,7 @@ from estimator.errors import (
 )
 from estimator.request import EstimateRequest
 from estimator.techniques.execution import parse_checkpointing
-from profiler import losses, methods, optimizers, quantized, trace
+from profiler import kernels, losses, methods, optimizers, quantized, trace
 from profiler.placement import place
 
 PhaseCallback = Callable[[str], None]
@@ -62,7 +62,7 @@ class Workload:
         optimizer: ready to step; its states are born in the first step.
         request: what was asked.
         device: where its tensors live.
-        compute_capability: of the GPU; some libraries choose their path by it.
+        compute_capability, multiprocessors: of the GPU; some libraries choose their path by them.
     """
 
     model: Any
@@ -70,6 +70,7 @@ class Workload:
     request: EstimateRequest
     device: str
     compute_capability: tuple[int, int] = (8, 0)
+    multiprocessors: int = 108
 
     def step(self, phase: PhaseCallback) -> None:
         """Run one optimizer step: all its micro-batches, the update, and the clearing of gradients.
@@ -83,7 +84,10 @@ class Workload:
             batch(self.request, self.device)
             for _ in range(self.request.gradient_accumulation_steps)
         ]
-        with losses.of(self.request).running(self.model, phase, self.compute_capability):
+        with (
+            kernels.running(self.request, self.compute_capability, self.multiprocessors),
+            losses.of(self.request).running(self.model, phase, self.compute_capability),
+        ):
             for inputs in batches[:_MICRO_STEPS]:
                 self._micro_step(inputs, phase)
         phase(trace.OPTIMIZER_STEP)
@@ -130,6 +134,7 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
 
     refuse_unsupported(request)
     model = bare_model(request, config)
+    kernels.fit(model, request)
     losses.of(request).fit(model)
     model.config.use_cache = request.loop.use_cache
     if request.quantization is not None:
@@ -151,6 +156,7 @@ def start(
     request: EstimateRequest,
     device: str,
     compute_capability: tuple[int, int] = (8, 0),
+    multiprocessors: int = 108,
 ) -> Workload:
     """Give a meta model its storage and its optimizer.
 
@@ -158,7 +164,7 @@ def start(
         model: from `meta_model`.
         request: the request that it was built for.
         device: where the tensors live; inside a fake tensor mode, `cpu`.
-        compute_capability: of the GPU that is run on, or imitated.
+        compute_capability, multiprocessors: of the GPU that is run on, or imitated.
     """
     place(model, device)
     _wrap_autocast(model, autocast_dtype(request), device)
@@ -168,6 +174,7 @@ def start(
         request=request,
         device=device,
         compute_capability=compute_capability,
+        multiprocessors=multiprocessors,
     )
 
 
@@ -199,7 +206,7 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         "task": (request.task, ("sft", "pretrain")),
         "attention": (request.attention, ("eager", "sdpa", "flash_attention_2")),
         "loss": (request.loss, tuple(losses.LOSSES)),
-        "kernels": (request.kernels, ((),)),
+        "kernels": (request.kernels, ((), kernels.KERNELS)),
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
         "hardware.num_gpus": (request.hardware.num_gpus, (1,)),
         "software.framework": (request.software.framework, ("transformers",)),

@@ -200,7 +200,7 @@ class Node:
         name: str,
         shape: Shape,
         dtype: DType,
-        source: Cite = ENGINE,
+        source: Cite | Assumption = ENGINE,
         component: Component = ACTIVATIONS,
     ) -> Tensor:
         """Allocate a temporary of this node's backward."""

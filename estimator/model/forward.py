@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from msgspec import Struct
 
 from estimator.dtypes import DType
-from estimator.eager import attention, ops
+from estimator.eager import attention, liger, ops
 from estimator.eager.attention import MASK, PREFIXED_MASK, Heads
 from estimator.eager.checkpoint import Checkpointing, checkpoint
 from estimator.eager.ops import F32
@@ -31,12 +31,14 @@ class Settings(Struct, frozen=True):
         padding: some rows of the micro-batch end in padding, so that masks are built.
         packing: the sequences are one row, and `position_ids` say where each begins.
         keeps_cache: keys and values stay alive until the outputs do (use_cache).
+        liger: Liger's kernels run norms, rotary positions and gated MLPs.
     """
 
     attention: str = "sdpa"
     padding: bool = False
     packing: bool = False
     keeps_cache: bool = False
+    liger: bool = False
 
 
 class Given(Struct, frozen=True, eq=False):
@@ -145,6 +147,8 @@ class Forward:
         Source: hf-modeling, llama/modeling_llama.py, LlamaRMSNorm.forward.
         """
         with self.tape.module(name):
+            if self.settings.liger:
+                return liger.rms_norm(x, self.norm_weight(name), in_place=True)
             hidden = ops.cast(x, F32)
             variance = ops.mean_last(ops.power(hidden))
             hidden = ops.mul(hidden, ops.rsqrt(ops.shift(variance)), "normalized")
@@ -156,6 +160,10 @@ class Forward:
         Source: hf-modeling, gemma/modeling_gemma.py, GemmaRMSNorm.forward.
         """
         with self.tape.module(name):
+            if self.settings.liger:
+                # Gemma 1 alone has no norm whose gradient a residual needs as well.
+                in_place = self.spec.model_type == "gemma"
+                return liger.rms_norm(x, self.norm_weight(name), in_place=in_place)
             output = _over_rms(ops.cast(x, F32))
             output = ops.mul(output, ops.one_plus(self.tape, self.norm_weight(name)), "weighted")
             return ops.cast(output, x.dtype)
@@ -233,6 +241,8 @@ class Forward:
         """
         cos, sin = self.rotary[name]
         with self.tape.module(name):
+            if self.settings.liger:
+                return liger.rope(q, k, cos, sin)
             rotated_q = rotated(q, cos, sin)
             rotated_k = rotated(k, cos, sin)
         return rotated_q, rotated_k
@@ -359,6 +369,8 @@ class Forward:
         Source: hf-modeling, llama/modeling_llama.py, LlamaMLP.forward.
         """
         gate, up, down = names
+        if self.settings.liger:
+            return self.linear(liger.gated(self.linear(x, gate), self.linear(x, up)), down)
         # Nothing gets a name, as upstream: the activated gate dies with the product.
         return self.linear(
             ops.mul(

@@ -14,6 +14,7 @@ _QLORA: Final[dict[str, Any]] = {
 _CHECKPOINTED: Final[dict[str, Any]] = {"activation_checkpointing": "full"}
 _FUSED: Final[dict[str, Any]] = {"loss": "fused_linear"}
 _CHUNKED: Final[dict[str, Any]] = {"loss": "chunked"}
+_LIGER: Final[dict[str, Any]] = {"kernels": ["liger"]}
 _CUT: Final[dict[str, Any]] = {"loss": "cut_cross_entropy"}
 
 RECIPES: Final[dict[str, dict[str, Any]]] = {
@@ -57,6 +58,26 @@ RECIPES: Final[dict[str, dict[str, Any]]] = {
         **_FULL, **_CHUNKED, "gradient_accumulation_steps": 3,
     },
     "chunked padded": {**_FULL, **_CHUNKED, "padding": True},
+    "liger": {**_FULL, **_LIGER},
+    "liger with the standard loss": {**_FULL, **_LIGER, "loss": "standard"},
+    "liger fp32": {**_FULL, **_LIGER, "precision": "fp32"},
+    "liger amp_bf16": {**_FULL, **_LIGER, "precision": "amp_bf16"},
+    "liger lora": {**_LORA, **_LIGER},
+    "liger lora dropout checkpointed": {
+        "method": {"name": "lora", "r": 12, "lora_dropout": 0.05}, **_LIGER, **_CHECKPOINTED,
+    },
+    "liger qlora checkpointed": {**_QLORA, **_LIGER, **_CHECKPOINTED},
+    "liger padded": {**_LORA, **_LIGER, "padding": True},
+    "liger flash": {**_LORA, **_LIGER, "attention": "flash_attention_2"},
+    "liger eager": {**_LORA, **_LIGER, "attention": "eager"},
+    "liger norms of queries and keys": {**_LORA, **_LIGER},
+    "liger geglu": {**_LORA, **_LIGER},
+    "liger sandwich norms": {**_LORA, **_LIGER},
+    "liger gemma 3": {**_LORA, **_LIGER},
+    "liger window, accumulation": {**_FULL, **_LIGER, "gradient_accumulation_steps": 3},
+    "liger with cut_cross_entropy": {
+        **_FULL, **_LIGER, **_CUT, **_CHECKPOINTED, "optimizer": "adamw_8bit",
+    },
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
@@ -71,9 +92,18 @@ MODELS: Final[dict[str, str]] = {
     "chunked lora autocast": "gpt_neox",
     "chunked capped logits, accumulation": "gemma2",
     "chunked padded": "falcon",
+    "liger lora": "qwen2",
+    "liger norms of queries and keys": "qwen3",
+    "liger geglu": "gemma",
+    "liger sandwich norms": "gemma2",
+    "liger gemma 3": "gemma3",
+    "liger window, accumulation": "mistral-window",
+    "liger with cut_cross_entropy": "llama-tied",
     "cut_cross_entropy tied head": "qwen2",
     "cut_cross_entropy capped logits": "gemma2",
     "cut_cross_entropy fp16 checkpointed": "gpt2",
 }
 
-FAST: Final = frozenset({"fused_linear", "fused_linear amp_bf16", "cut_cross_entropy", "chunked"})
+FAST: Final = frozenset(
+    {"fused_linear", "fused_linear amp_bf16", "cut_cross_entropy", "chunked", "liger"}
+)
