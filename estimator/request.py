@@ -25,6 +25,7 @@ from estimator.techniques.methods.ia3 import Ia3
 from estimator.techniques.methods.llama_adapter import LlamaAdapter, LlamaAdapterV2
 from estimator.techniques.methods.ln_tuning import LnTuning
 from estimator.techniques.methods.lora import Lora
+from estimator.techniques.methods.loreft import LoReft
 from estimator.techniques.methods.p_tuning import PTuning
 from estimator.techniques.methods.partial import Partial
 from estimator.techniques.methods.pfeiffer_adapter import PfeifferAdapter
@@ -60,6 +61,7 @@ Method = (
     | LnTuning
     | HoulsbyAdapter
     | PfeifferAdapter
+    | LoReft
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 

@@ -335,6 +335,26 @@ SOURCES: Final[dict[str, Source]] = {
         "Parameter-efficient transfer learning for NLP",
         "https://arxiv.org/abs/1902.00751",
     ),
+    "wu2024reft": Source(
+        "paper",
+        "ReFT: representation finetuning for language models",
+        "https://arxiv.org/abs/2404.03592",
+    ),
+    "pyreft": Source(
+        "code",
+        "pyreft 0.1.0, LoReFT interventions",
+        "https://github.com/stanfordnlp/pyreft/blob/main/pyreft",
+    ),
+    "pyvene": Source(
+        "code",
+        "pyvene 0.1.8, hooks that run interventions",
+        "https://github.com/stanfordnlp/pyvene/blob/main/pyvene",
+    ),
+    "torch-parametrizations": Source(
+        "code",
+        "PyTorch 2.13.0, orthogonal parametrization",
+        f"{_TORCH}/torch/nn/utils/parametrizations.py",
+    ),
     "megatron-optimizer": Source(
         "code",
         "Megatron-LM, Float16OptimizerWithFloat16Params",

@@ -14,6 +14,7 @@ from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.request import EstimateRequest
 from estimator.techniques.bottleneck import BottleneckMethod
 from estimator.techniques.method import Method
+from estimator.techniques.methods.loreft import LoReft
 from estimator.techniques.methods.partial import Partial
 from profiler import quantized, stack
 
@@ -82,11 +83,21 @@ def _bottleneck(model: Any, request: EstimateRequest) -> Any:
     return bottleneck.build(model, method)
 
 
+def _loreft(model: Any, request: EstimateRequest) -> Any:
+    """Hook pyreft's interventions behind the layers of a frozen model."""
+    from profiler import reft
+
+    method = request.method
+    assert isinstance(method, LoReft)
+    return reft.build(model, method)
+
+
 Builder = Callable[[Any, EstimateRequest], Any]
 BUILDERS: Final[dict[str, Builder]] = {
     "partial": _partial,
     "houlsby_adapter": _bottleneck,
     "pfeiffer_adapter": _bottleneck,
+    "loreft": _loreft,
 }
 """What builds a method that PEFT does not: given the model, it returns the model to train."""
 

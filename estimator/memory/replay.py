@@ -11,9 +11,13 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from estimator.eager.size import Polynomial
+from estimator.eager.size import Polynomial, elements
 from estimator.eager.tensor import Regime
-from estimator.memory.caching_allocator import CachingAllocator, OutOfMemory
+from estimator.memory.caching_allocator import (
+    SMALL_REQUEST_BYTES,
+    CachingAllocator,
+    OutOfMemory,
+)
 from estimator.memory.standing import step_temporaries, trained_tensors
 from estimator.memory.trace import Recording, record
 from estimator.model.spec import held
@@ -74,6 +78,9 @@ def _loaded(run: Run) -> Iterator[int]:
     modules += [*spec.final, *(() if spec.tied else (spec.head,))]
     weights = [weight for module in modules for weight in held(module)]
     yield from (weight.bytes for weight in weights)
+    # Small ones, such as rotary frequencies, share the first segment of small blocks.
+    buffers = (elements(each.shape)[0] * each.dtype.width for each in spec.buffers)
+    yield from (size for size in buffers if size > SMALL_REQUEST_BYTES)
     yield from (weight.bytes for weight in weights if weight.trainable and run.accumulates)
 
 

@@ -288,6 +288,7 @@ def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor
             hidden = checkpoint(how, region, hidden)
         else:
             hidden = region(hidden)
+        hidden = forward.intervene(hidden)
     forward.enter(len(kinds) + 1, spec.final)
     hidden = family.final(forward, hidden)
     forward.names.clear()

@@ -214,6 +214,14 @@ class Forward:
         joined: Tensor = module.join(self, hidden, residual)  # type: ignore[attr-defined]
         return joined
 
+    def intervene(self, hidden: Tensor) -> Tensor:
+        """Return a layer's output as the interventions of this site, if it has any, leave it."""
+        for module in self.modules.values():
+            edit = getattr(module, "intervene", None)
+            if edit is not None:
+                hidden = edit(self, hidden)
+        return hidden
+
     # -- attention ----------------------------------------------------------------------------
 
     def prepare_rotary(self, width: int, name: str = "rotary") -> None:

@@ -27,8 +27,8 @@ FROZEN_FLAGS = """
 --method-norms --method-biases --method-embeddings --method-adapter-prompt-length
 --method-adapter-start-layer --method-num-virtual-tokens --method-prompt-tuning-init
 --method-encoder-reparameterization-type --method-encoder-hidden-size --method-prefix-projection
---method-feedforward-modules
---method-reduction-factor --method-non-linearity --quantization-skip-modules
+--method-feedforward-modules --method-reduction-factor --method-non-linearity --method-layers
+--method-positions --method-share-weights --method-dropout --quantization-skip-modules
 --quantization-quant-storage --quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1

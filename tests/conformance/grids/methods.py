@@ -19,6 +19,7 @@ _TABLES: Final = _partial(embeddings=True)
 _QUERIES: Final = _partial(modules=["q_proj"])
 _HOULSBY: Final = {"method": "houlsby_adapter"}
 _HOULSBY32: Final = {"method": {"name": "houlsby_adapter", "adapter_dtype": "float32"}}
+_REFT: Final = {"method": {"name": "loreft", "r": 4, "positions": "f5+l5"}}
 _PFEIFFER: Final = {"method": {"name": "pfeiffer_adapter", "reduction_factor": 9.0}}
 
 RECIPES: Final[dict[str, dict[str, Any]]] = {
@@ -82,6 +83,23 @@ RECIPES: Final[dict[str, dict[str, Any]]] = {
     "pfeiffer, gpt2": _PFEIFFER,
     "pfeiffer, gpt2 checkpointed": {**_PFEIFFER, **CHECKPOINTED},
     "pfeiffer, mistral": _PFEIFFER,
+    "loreft": _REFT,
+    "loreft shared": {
+        "method": {"name": "loreft", "r": 5, "positions": "f7+l7", "share_weights": True},
+    },
+    "loreft checkpointed": {**_REFT, **CHECKPOINTED},
+    "loreft fp32": {**_REFT, "precision": "fp32"},
+    "loreft autocast": {**_REFT, "autocast": "bf16"},
+    "loreft amp": {**_REFT, "precision": "amp_bf16"},
+    "loreft padded": {**_REFT, "padding": True},
+    "loreft accumulation": {**_REFT, "gradient_accumulation_steps": 4},
+    "loreft, some layers": {"method": {"name": "loreft", "r": 4, "layers": [1, 3]}},
+    "loreft, some layers checkpointed": {
+        "method": {"name": "loreft", "r": 4, "layers": [1, 3]}, **CHECKPOINTED,
+    },
+    "loreft, gemma": _REFT,
+    "loreft, gpt2": {"method": {"name": "loreft", "dropout": 0.05}},
+    "loreft nf4": {**_REFT, "quantization": "nf4", "autocast": "bf16", **CHECKPOINTED},
     "pfeiffer nf4": {
         **_PFEIFFER, "quantization": {"name": "nf4", "prepare_kbit": False},
     },
@@ -102,6 +120,8 @@ MODELS: Final[dict[str, str]] = {
     "embeddings only, tied": "starcoder2",
     "embeddings only, gpt2": "gpt2",
     "mlp only, qwen3": "qwen3",
+    "loreft, gemma": "gemma",
+    "loreft, gpt2": "gpt2",
     "houlsby, gpt2": "gpt2",
     "houlsby, gpt2 amp": "gpt2",
     "houlsby, mistral padded": "mistral-window",
@@ -110,4 +130,4 @@ MODELS: Final[dict[str, str]] = {
     "pfeiffer, mistral": "mistral-window",
 }
 
-FAST: Final = frozenset({"last layers", "bitfit", "houlsby", "pfeiffer, gpt2"})
+FAST: Final = frozenset({"last layers", "bitfit", "houlsby", "pfeiffer, gpt2", "loreft"})
