@@ -112,6 +112,7 @@ def _optimizers() -> str:
             str(state.source),
         )
         for name, row in OPTIMIZERS.items()
+        if not callable(row.states)
         for state in row.states
         if state not in states(OptimizerChoice(Optimizer(name), row.default, master_weights=False))
     ]

@@ -29,3 +29,6 @@ class Optimizer(Section, frozen=True):
     beta1: Annotated[
         float | None, Meta(description="First moment of Adafactor; none: it keeps no momentum.")
     ] = None
+    rank: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Rank of GaLore's projected gradients.")
+    ] = 128

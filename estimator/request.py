@@ -163,6 +163,7 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "adam8bit": {"name": "adamw_8bit"},
     "paged_adamw": {"name": "paged_adamw_32bit"},
     "paged_lion": {"name": "paged_lion_32bit"},
+    "galore_adamw_layerwise": {"name": "galore_adamw", "in_backward": True},
     "rmsprop_bnb": {"name": "rmsprop_bnb_32bit"},
     "paged_adamw8bit": {"name": "paged_adamw_8bit"},
     "sgd_momentum": {"name": "sgd", "momentum": 0.9},

@@ -145,6 +145,21 @@ SOURCES: Final[dict[str, Source]] = {
         "lomo-optim 0.1.1, LOMO and AdaLomo",
         "https://github.com/OpenLMLab/LOMO/blob/main/lomo_optim",
     ),
+    "lion-pytorch": Source(
+        "code",
+        "lion-pytorch 0.2.5, Lion",
+        "https://github.com/lucidrains/lion-pytorch/blob/0.2.5/lion_pytorch",
+    ),
+    "schedulefree": Source(
+        "code",
+        "schedulefree 1.4.1, optimizers without a schedule",
+        "https://github.com/facebookresearch/schedule_free/blob/main/schedulefree",
+    ),
+    "galore-torch": Source(
+        "code",
+        "galore-torch 1.0, GaLore",
+        "https://github.com/jiaweizzhao/GaLore/blob/master/galore_torch",
+    ),
     "hf-trainer": Source(
         "code", "transformers 5.23.0, Trainer", f"{_HF}/src/transformers/trainer.py"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -389,6 +390,61 @@ def _lowmem_adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) ->
     return lowmem.optimizer(groups, LEARNING_RATE)
 
 
+def _lion(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    _refuse_implementation(asked)
+    lion = _library("lion_pytorch", "lion-pytorch", asked)
+    return lion.Lion(groups, lr=LEARNING_RATE)
+
+
+def _schedule_free(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return an optimizer of schedulefree in train mode, as the Trainer puts it; it is foreach."""
+    _refuse_implementation(asked)
+    classes = {"adamw": "AdamW", "radam": "RAdam", "sgd": "SGD"}
+    kind = classes[asked.name.removeprefix("schedule_free_")]
+    library = _library("schedulefree", "schedulefree", asked)
+    optimizer = getattr(library, f"{kind}ScheduleFree")(groups, lr=LEARNING_RATE)
+    optimizer.train()
+    for group in optimizer.param_groups:
+        # In its first steps RAdam takes a shorter way.
+        group["k"] = 10
+    return optimizer
+
+
+def _galore(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return GaLore's AdamW over all linear layers; projectors are renewed at every step.
+
+    Source: transformers, trainer_optimizer.py, _setup_low_rank_optimizer.
+    """
+    import torch
+
+    _refuse_implementation(asked)
+    targets = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)
+    }
+    tables = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    targets -= tables
+    settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
+    split = (
+        {"params": [each for each in parameters if id(each) not in targets]},
+        {"params": [each for each in parameters if id(each) in targets], **settings},
+    )
+    galore = _library("galore_torch", "galore-torch", asked)
+    chosen = [group for group in split if group["params"]]
+    return galore.GaLoreAdamW(chosen, lr=LEARNING_RATE, no_deprecation_warning=True)
+
+
+def _library(module: str, package: str, asked: Optimizer) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"optimizer {asked.name!r} needs {package}; run: pip install {package}"
+        ) from error
+
+
 def _lomo(model: Any, _: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return LOMO or AdaLomo as the Trainer builds it: no gradient norm is computed before."""
     _refuse_implementation(asked)
@@ -470,6 +526,11 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "adamw": _adamw,
     "sgd": _sgd,
     "adafactor": _adafactor,
+    "lion": _lion,
+    "schedule_free_adamw": _schedule_free,
+    "schedule_free_radam": _schedule_free,
+    "schedule_free_sgd": _schedule_free,
+    "galore_adamw": _galore,
     "lowmem_adafactor": _lowmem_adafactor,
     "lomo": _lomo,
     "adalomo": _lomo,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from estimator.dtypes import DType
 from estimator.eager.size import dim, elements
 from estimator.eager.tensor import Param, Storage, Tape, Tensor, TensorKind
+from estimator.memory.standing import trained_tensors
 from estimator.run import Run
 from estimator.techniques.optimizers import OPTIMIZERS, Trained, temporaries
 
@@ -19,6 +20,7 @@ class InBackward:
         self.choice = run.optimizer
         self.source = OPTIMIZERS[self.choice.name].source
         self.tables = {module.name for module in run.spec.embeddings}
+        self.linears = {each.name for each in trained_tensors(run) if each.in_linear}
         self.known: dict[Param, tuple[int, ...]] = {}
 
     def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
@@ -35,8 +37,23 @@ class InBackward:
 
     def _sizes(self, param: Param) -> tuple[int, ...]:
         if param not in self.known:
-            self.known[param] = temporaries(self.choice, (_trained(param, self.tables),))
+            self.known[param] = temporaries(self.choice, (self._trained(param),))
         return self.known[param]
+
+    def _trained(self, param: Param) -> Trained:
+        rows, columns = (0, 0)
+        if len(param.shape) >= 2:
+            rows, columns = param.shape[-2].value, param.shape[-1].value
+        return Trained(
+            name=param.name,
+            elements=elements(param.shape)[0],
+            dtype=param.dtype,
+            rows=rows,
+            columns=columns,
+            in_embedding=param.name.rpartition(".")[0] in self.tables,
+            count=1,
+            in_linear=param.name in self.linears,
+        )
 
     def _scratch(self, tape: Tape, param: Param, size: int) -> Storage:
         name = f"{param.name}: temporaries of the step in backward"
@@ -83,18 +100,3 @@ def inside_backward(run: Run) -> InBackward | None:
     if not run.optimizer.in_backward:
         return None
     return FusedBackward(run) if OPTIMIZERS[run.optimizer.name].fused_backward else InBackward(run)
-
-
-def _trained(param: Param, tables: set[str]) -> Trained:
-    rows, columns = (0, 0)
-    if len(param.shape) >= 2:
-        rows, columns = param.shape[-2].value, param.shape[-1].value
-    return Trained(
-        name=param.name,
-        elements=elements(param.shape)[0],
-        dtype=param.dtype,
-        rows=rows,
-        columns=columns,
-        in_embedding=param.name.rpartition(".")[0] in tables,
-        count=1,
-    )

@@ -32,6 +32,7 @@ FROZEN_FLAGS = """
 --quantization-quant-storage --quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
+--optimizer-rank
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing
 --activation-checkpointing --attention --loss --kernels
 --keep-outputs --use-cache --set-to-none --framework --framework-version

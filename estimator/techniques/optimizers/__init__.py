@@ -7,9 +7,11 @@ from typing import Final
 from estimator.run import OptimizerChoice
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
 from estimator.techniques.optimizers.lomo import LOMO
+from estimator.techniques.optimizers.low_rank import LOW_RANK
 from estimator.techniques.optimizers.lowmem import LOWMEM
 from estimator.techniques.optimizers.row import OptimizerRow, State, Trained, trained
-from estimator.techniques.optimizers.temporaries import worst_moment
+from estimator.techniques.optimizers.small_libraries import SMALL_LIBRARIES
+from estimator.techniques.optimizers.temporaries import trainer_groups, worst_moment
 from estimator.techniques.optimizers.torch_optim import TORCH
 from estimator.techniques.optimizers.transformers import TRANSFORMERS
 
@@ -19,6 +21,8 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **BITSANDBYTES,
     **LOMO,
     **LOWMEM,
+    **LOW_RANK,
+    **SMALL_LIBRARIES,
 }
 
 # Names that `TrainingArguments.optim` knows and we do not answer, and what to use instead.
@@ -28,16 +32,11 @@ REFUSED: Final[dict[str, str]] = {
     "adamw_anyprecision": "torchdistx is no longer released; use 'adamw' with bf16 weights",
     "adamw_torch_4bit": "its step is a compiled kernel of torchao; use 'adamw_8bit'",
     "adamw_torch_8bit": "its step is a compiled kernel of torchao; use 'adamw_8bit'",
-    "galore_adamw": "no source has been followed yet; use 'adamw_8bit' or method 'lora'",
     "galore_adamw_8bit": "no source has been followed yet; use 'adamw_8bit' or method 'lora'",
     "galore_adafactor": "no source has been followed yet; use 'adafactor'",
-    "galore_adamw_layerwise": "no source has been followed yet; use in_backward",
     "galore_adamw_8bit_layerwise": "no source has been followed yet; use in_backward",
     "galore_adafactor_layerwise": "no source has been followed yet; use in_backward",
     "grokadamw": "no source has been followed yet; use 'adamw'",
-    "schedule_free_radam": "no source has been followed yet; use 'radam'",
-    "schedule_free_adamw": "no source has been followed yet; use 'adamw'",
-    "schedule_free_sgd": "no source has been followed yet; use 'sgd'",
     "apollo_adamw": "no source has been followed yet; use 'adamw_8bit'",
     "apollo_adamw_layerwise": "no source has been followed yet; use in_backward",
     "stable_adamw": "no source has been followed yet; use 'adamw'",
@@ -46,13 +45,17 @@ REFUSED: Final[dict[str, str]] = {
 
 def states(choice: OptimizerChoice) -> tuple[State, ...]:
     """Return what the optimizer keeps with these knobs."""
-    return tuple(state for state in OPTIMIZERS[choice.name].states if state.when(choice))
+    kept = OPTIMIZERS[choice.name].states
+    return tuple(
+        state for state in (kept(choice) if callable(kept) else kept) if state.when(choice)
+    )
 
 
 def temporaries(choice: OptimizerChoice, tensors: tuple[Trained, ...]) -> tuple[int, ...]:
     """Return the sizes of what its step holds beside the states at its worst moment [bytes]."""
-    update = OPTIMIZERS[choice.name].updates[choice.implementation]
-    return worst_moment(update, tensors, choice)
+    row = OPTIMIZERS[choice.name]
+    groups = (tensors,) if row.groups_itself else trainer_groups(tensors)
+    return worst_moment(row.updates[choice.implementation], groups, choice)
 
 
 __all__ = ["OPTIMIZERS", "OptimizerRow", "State", "Trained", "states", "temporaries", "trained"]

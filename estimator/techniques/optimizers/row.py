@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from estimator.dtypes import DType
-from estimator.model.spec import Embedding, Module, Weight
+from estimator.model.spec import Embedding, Linear, Module, Weight
 from estimator.run import OptimizerChoice
 from estimator.sources import Assumption, Cite
 
@@ -28,6 +28,7 @@ class Trained(Struct, frozen=True):
         rows, columns: the last two dimensions of a matrix, 0 for a vector.
         in_embedding: it belongs to an embedding table.
         count: how many such tensors the model has.
+        in_linear: it is the weight of an `nn.Linear`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Trained(Struct, frozen=True):
     columns: int
     in_embedding: bool
     count: int
+    in_linear: bool = False
 
     @property
     def bytes(self) -> int:
@@ -58,6 +60,7 @@ def trained(module: Module, weight: Weight, count: int, *, master: bool) -> Trai
         # What is said about a module's weight is not said about the copy that is updated for it.
         in_embedding=isinstance(module, Embedding) and not master,
         count=count,
+        in_linear=isinstance(module, Linear) and not module.transposed and weight.name == "weight",
     )
 
 
@@ -88,17 +91,19 @@ class OptimizerRow(Struct, frozen=True):
     """One optimizer.
 
     Args:
-        states: what it keeps for each trained tensor from the first step on.
+        states: what it keeps for each trained tensor from the first step on; a function of the
+            knobs where their sizes depend on them.
         updates: for each implementation, its step, which says what it holds for a moment.
         default: the implementation that is meant when the request names none.
         source: where the step is read from.
         knobs: fields of the request's section that this optimizer has.
         needs: those of them that it does not run without.
         fused_backward: it has no step of its own; hooks update parameters inside backward.
+        groups_itself: its parameter groups are not the Trainer's two.
         trains_all: it keeps states of frozen weights too, so that none may be frozen.
     """
 
-    states: tuple[State, ...]
+    states: tuple[State, ...] | Callable[[OptimizerChoice], tuple[State, ...]]
     updates: dict[str, Update]
     default: str
     source: Cite | Assumption
@@ -106,6 +111,7 @@ class OptimizerRow(Struct, frozen=True):
     needs: tuple[str, ...] = ()
     fused_backward: bool = False
     trains_all: bool = False
+    groups_itself: bool = False
 
 
 def same(each: Trained) -> int:

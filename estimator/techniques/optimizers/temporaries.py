@@ -71,21 +71,27 @@ Update = Callable[[Step, tuple[Trained, ...], OptimizerChoice], None]
 """The step of an optimizer over tensors of one parameter group."""
 
 
-def worst_moment(
-    update: Update, tensors: tuple[Trained, ...], choice: OptimizerChoice
-) -> tuple[int, ...]:
-    """Return the sizes of the temporaries that are alive together at the worst moment [bytes].
+Groups = tuple[tuple[Trained, ...], ...]
 
-    The Trainer puts matrices and vectors into two groups, with and without weight decay.
 
-    Source: hf-trainer, Trainer.create_optimizer.
-    """
+def worst_moment(update: Update, groups: Groups, choice: OptimizerChoice) -> tuple[int, ...]:
+    """Return the sizes of the temporaries that are alive together at the worst moment [bytes]."""
     step = Step()
-    for is_matrix in (True, False):
-        group = tuple(each for each in tensors if bool(each.rows) is is_matrix)
+    for group in groups:
         if group:
             update(step, group, choice)
     return step.worst
+
+
+def trainer_groups(tensors: tuple[Trained, ...]) -> Groups:
+    """Return the Trainer's two groups: matrices have weight decay, vectors have none.
+
+    Source: hf-trainer, Trainer.create_optimizer.
+    """
+    return (
+        tuple(each for each in tensors if each.rows),
+        tuple(each for each in tensors if not each.rows),
+    )
 
 
 def in_turn(tensors: tuple[Trained, ...]) -> Iterator[Trained]:

@@ -202,7 +202,7 @@ TORCH: Final[dict[str, OptimizerRow]] = {
 }
 
 
-def _factors(each: Trained) -> int:
+def factors(each: Trained) -> int:
     """Bytes of the second moment in the tensor's type: a row and a column of a matrix."""
     if not each.rows:
         return each.bytes
@@ -211,7 +211,7 @@ def _factors(each: Trained) -> int:
 
 
 TORCH["torch_adafactor"] = OptimizerRow(
-    (State("row_var, col_var", _factors, Cite("torch-optim", "_adafactor.py, _init_group")),),
+    (State("row_var, col_var", factors, Cite("torch-optim", "_adafactor.py, _init_group")),),
     {"single": _single_adafactor, "foreach": _foreach_adafactor},
     "single",
     Cite("torch-optim", "_adafactor.py, _single_tensor_adafactor"),

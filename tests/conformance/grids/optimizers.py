@@ -85,6 +85,28 @@ RECIPES: Final[dict[str, Document]] = {
     ),
     "adalomo, gpt2": _asked("adalomo", SHORT),
     "adalomo eager, long": _asked("adalomo", CHECKPOINTED, {"attention": "eager"}),
+    # -- small libraries -----------------------------------------------------------------------
+    "lion": _asked("lion", SHORT),
+    "lion fp32, gpt2": _asked("lion", SHORT, _FP32),
+    "lion lora": _asked("lion", SHORT, LORA),
+    "lion in backward checkpointed": _in_backward("lion", SHORT, CHECKPOINTED),
+    "schedule-free adamw": _asked("schedule_free_adamw", SHORT),
+    "schedule-free adamw amp, tied": _asked(
+        "schedule_free_adamw", SHORT, {"precision": "amp_bf16"}
+    ),
+    "schedule-free adamw checkpointed": _asked("schedule_free_adamw", SHORT, CHECKPOINTED),
+    "schedule-free adamw lora": _asked("schedule_free_adamw", SHORT, LORA),
+    "schedule-free radam": _asked("schedule_free_radam", SHORT),
+    "schedule-free sgd": _asked("schedule_free_sgd", SHORT),
+    "schedule-free sgd fp32, gpt2": _asked("schedule_free_sgd", SHORT, _FP32),
+    "galore": _asked("galore_adamw", SHORT),
+    "galore rank 300, tied": _asked("galore_adamw", SHORT, CHECKPOINTED, rank=300),
+    "galore fp32, tied": _asked("galore_adamw", SHORT, _FP32),
+    "galore amp checkpointed": _asked(
+        "galore_adamw", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}, rank=64
+    ),
+    "galore layerwise": _in_backward("galore_adamw", SHORT),
+    "galore layerwise checkpointed, tied": _in_backward("galore_adamw", SHORT, CHECKPOINTED),
     # -- torch ---------------------------------------------------------------------------------
     "adamw amsgrad": _asked("adamw", SHORT, amsgrad=True),
     "adam amsgrad single": _asked("adam", SHORT, amsgrad=True, implementation="single"),
@@ -137,6 +159,12 @@ MODELS: Final[dict[str, str]] = {
     "adafactor in backward fp32 checkpointed, tied": "llama-tied",
     "adafactor in backward, gpt2": "gpt2",
     "torch adafactor in backward amp": "qwen2",
+    "lion fp32, gpt2": "gpt2",
+    "schedule-free adamw amp, tied": "llama-tied",
+    "schedule-free sgd fp32, gpt2": "gpt2",
+    "galore rank 300, tied": "llama-tied",
+    "galore fp32, tied": "llama-tied",
+    "galore layerwise checkpointed, tied": "llama-tied",
     "lomo fp32 checkpointed, tied": "llama-tied",
     "lomo amp, gpt2": "gpt2",
     "adalomo fp32 checkpointed, tied": "llama-tied",
