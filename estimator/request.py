@@ -15,7 +15,11 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 import msgspec
 from msgspec import Meta
 
-from estimator.errors import InvalidRequestError, MalformedDocumentError
+from estimator.errors import (
+    InvalidRequestError,
+    MalformedDocumentError,
+    UnsupportedCombinationError,
+)
 from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.method import Method as AnyMethod
@@ -191,6 +195,15 @@ METHOD_ALIASES: Final[dict[str, Alias]] = {
     "lora+": Alias("lora", {"loraplus_lr_ratio": 16.0}),
 }
 
+# Methods of the literature that have no sourced answer here yet, and what is near to each.
+UNANSWERED_METHODS: Final[dict[str, str]] = {
+    "lisa": "method 'partial' with last_layers, embeddings and modules ['lm_head'] holds what one "
+    "choice of its layers does",
+    "badam": "method 'partial' with last_layers 1 holds what one of its blocks does, but for the "
+    "fp32 copy of the block",
+    "mezo": "method 'loreft' and precision 'bf16' are the smallest that train here",
+}
+
 # Other spellings of `activation_checkpointing`; a boolean means full or none.
 CHECKPOINTING_ALIASES: Final = ("gradient_checkpointing", "recompute")
 
@@ -279,12 +292,23 @@ def convert_request(value: Any) -> EstimateRequest:
 
     Raises:
         InvalidRequestError: a field is unknown, missing, of the wrong type or out of range.
+        UnsupportedCombinationError: a known method that has no answer here yet, by name.
     """
     expanded = expand_short_forms(value) if isinstance(value, dict) else value
+    _refuse_unanswered(expanded)
     try:
         return msgspec.convert(expanded, EstimateRequest)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), expanded) from None
+
+
+def _refuse_unanswered(document: Any) -> None:
+    method = document.get("method") if isinstance(document, dict) else None
+    name = method.get("name") if isinstance(method, dict) else None
+    if isinstance(name, str) and name in UNANSWERED_METHODS:
+        raise UnsupportedCombinationError(
+            f"method {name!r} has no sourced answer here yet; {UNANSWERED_METHODS[name]}"
+        )
 
 
 _PLACE: Final = re.compile(r" - at `\$(?P<path>[^`]*)`$")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from estimator.errors import InvalidRequestError
+from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.request import parse_request
 from estimator.resolve import resolve
 from estimator.service import estimate
@@ -97,6 +97,12 @@ def test_what_the_model_has_not_is_refused_by_name(knobs, said):
     }  # fmt: skip
     with pytest.raises(InvalidRequestError, match=said):
         estimate(document)
+
+
+@pytest.mark.parametrize("name", ["lisa", "badam", "mezo"])
+def test_a_method_without_a_source_is_refused_by_name_with_what_is_near(name):
+    with pytest.raises(UnsupportedCombinationError, match=f"'{name}' has no sourced answer"):
+        parse_request({"model": "gpt2", "method": name})
 
 
 def test_frozen_layers_below_the_trained_ones_save_nothing():
