@@ -77,6 +77,7 @@ class Engine:
         # Only attention without a fused kernel tells one row from several.
         self.multiplies_scores = (
             run.settings.attention == "eager"
+            or run.settings.kernel == "math"
             or run.spec.broadcasts_keys
             or (run.autocast is None and not run.spec.embeddings[0].dtype.is_half)
         )

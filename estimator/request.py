@@ -144,7 +144,15 @@ class EstimateRequest(Section, frozen=True):
     packing: bool = False
     activation_checkpointing: Annotated[str, Meta(min_length=1, max_length=40)] = "none"
     attention: Literal[
-        "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+        "eager",
+        "sdpa",
+        "sdpa_math",
+        "sdpa_efficient",
+        "sdpa_flash",
+        "sdpa_cudnn",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flex_attention",
     ] = "sdpa"
     loss: Literal["standard", "chunked", "fused_linear", "cut_cross_entropy", "vocab_parallel"] = (
         "standard"

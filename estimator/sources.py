@@ -228,6 +228,18 @@ SOURCES: Final[dict[str, Source]] = {
         "torchao 0.18.0, quantized tensors and float8 training",
         "https://github.com/pytorch/ao/blob/v0.18.0/torchao",
     ),
+    "cudnn-frontend": Source(
+        "code",
+        "cuDNN frontend 1.x, graph of attention's backward",
+        "https://github.com/NVIDIA/cudnn-frontend/blob/main/include/cudnn_frontend/node/"
+        "scaled_dot_product_flash_attention.h",
+    ),
+    "flash-attention-3": Source(
+        "code",
+        "FlashAttention 3 at commit 000090d02f03, CUDA host code",
+        "https://github.com/Dao-AILab/flash-attention/blob/"
+        "000090d02f0398e9087a8823fc1f5242becfac99/hopper",
+    ),
     "flash-attention": Source(
         "code",
         "FlashAttention 2, CUDA host code",

@@ -19,6 +19,7 @@ _SM80: Final = (8, 0)
 
 def scaled_dot_product_attention(
     compute_capability: tuple[int, int],
+    only: Backend | None,
     query: Any,
     key: Any,
     value: Any,
@@ -41,6 +42,7 @@ def scaled_dot_product_attention(
         dropout_p=dropout_p,
         is_causal=is_causal,
         enable_gqa=enable_gqa,
+        only=only,
     )
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = _additive(attn_mask, query.dtype)
@@ -74,18 +76,27 @@ def choose_backend(
     dropout_p: float,
     is_causal: bool,
     enable_gqa: bool,
+    only: Backend | None = None,
 ) -> Backend:
-    """Return the first kernel in CUDA's order that accepts these arguments."""
+    """Return the first kernel in CUDA's order that accepts these arguments.
+
+    Raises:
+        RuntimeError: the only kernel that is allowed does not, as torch says it.
+    """
+    if only == "math":
+        return "math"
     if any(tensor.dim() != 4 for tensor in (query, key, value)):
         return "math"
     if any(0 in tensor.shape[1:3] for tensor in (query, key, value)):
         return "math"
-    if _flash_accepts(
+    if only != "efficient" and _flash_accepts(
         compute_capability, query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
     ):
         return "flash"
-    if _efficient_accepts(compute_capability, query, key, value):
+    if only != "flash" and _efficient_accepts(compute_capability, query, key, value):
         return "efficient"
+    if only is not None:
+        raise RuntimeError("No available kernel. Aborting execution.")
     return "math"
 
 

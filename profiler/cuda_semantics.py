@@ -44,11 +44,14 @@ AUTOCAST_CPU_ONLY: Final = ("stack", "cat", "index_copy")
 
 
 @contextlib.contextmanager
-def cuda_semantics(compute_capability: tuple[int, int]) -> Iterator[None]:
+def cuda_semantics(
+    compute_capability: tuple[int, int], kernel: attention.Backend | None = None
+) -> Iterator[None]:
     """Register the CUDA behaviour on the CPU dispatch keys; undone on exit.
 
     Args:
         compute_capability: of the GPU to imitate; attention's choice of kernel depends on it.
+        kernel: the only one that attention may take (`torch.nn.attention.sdpa_kernel`).
     """
     import torch
 
@@ -57,16 +60,18 @@ def cuda_semantics(compute_capability: tuple[int, int]) -> Iterator[None]:
         with warnings.catch_warnings():
             # torch warns about each override; overriding is the point here.
             warnings.simplefilter("ignore")
-            for name, kernel in _composites(compute_capability).items():
-                library.impl(name, kernel, "AutogradCPU")
-            for name, kernel in _autocast_kernels().items():
-                library.impl(name, kernel, "AutocastCPU")
+            for name, composite in _composites(compute_capability, kernel).items():
+                library.impl(name, composite, "AutogradCPU")
+            for name, cast in _autocast_kernels().items():
+                library.impl(name, cast, "AutocastCPU")
         yield
     finally:
         library._destroy()
 
 
-def _composites(compute_capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
+def _composites(
+    compute_capability: tuple[int, int], only: attention.Backend | None
+) -> dict[str, Callable[..., Any]]:
     """Return the composite operators whose C++ code asks `is_cuda()`."""
     import torch
 
@@ -105,7 +110,7 @@ def _composites(compute_capability: tuple[int, int]) -> dict[str, Callable[..., 
         return torch.matmul(tensor, weight.t()).add_(bias)
 
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
-        return attention.scaled_dot_product_attention(compute_capability, *args, **kwargs)
+        return attention.scaled_dot_product_attention(compute_capability, only, *args, **kwargs)
 
     return {
         "dropout": dropout,

@@ -17,7 +17,7 @@ from estimator.pipeline import device_of
 from estimator.request import EstimateRequest
 from estimator.service import requested_gpu
 from estimator.techniques.execution import parse_checkpointing
-from profiler import checkpointing, kernels, optimizers, quantized, stack, workload
+from profiler import attention, checkpointing, kernels, optimizers, quantized, stack, workload
 from profiler.cuda_semantics import cuda_semantics
 from profiler.eager_transformers import eager_transformers
 from profiler.engine import DryRun, Progress
@@ -121,7 +121,7 @@ def _traced(
     with (
         _without_collection(),
         FakeTensorMode(),
-        cuda_semantics(capability),
+        cuda_semantics(capability, _kernel(request)),
         quantized.on_cuda(),
         _refusals(),
     ):
@@ -143,6 +143,21 @@ def _traced(
                 progress(0.6, f"tracing {which}, second step")
                 job.step(meter.phase)
         return meter.recorded(), optimizers.managed_bytes(model, job.optimizer, layers, how)
+
+
+def _kernel(request: EstimateRequest) -> attention.Backend | None:
+    """Return the only kernel that attention may take, where the request names one.
+
+    cuDNN's is traced as flash attention: what both save, and their workspaces, are alike
+    (cudnn-frontend, CompositeSDPABackwardNode: dQ_accum, dK_fullhead, dV_fullhead, softmax_sum).
+    """
+    chosen: dict[str, attention.Backend] = {
+        "sdpa_math": "math",
+        "sdpa_efficient": "efficient",
+        "sdpa_flash": "flash",
+        "sdpa_cudnn": "flash",
+    }
+    return chosen.get(request.attention)
 
 
 def _own_states(meter: Meter, optimizer: Any) -> None:

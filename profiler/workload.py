@@ -49,6 +49,11 @@ _IGNORED_CONFIG_KEYS: Final = (
 # From the second micro-batch on, each does what the second did: gradients exist and are added to.
 _MICRO_STEPS: Final = 2
 
+ATTENTION: Final = (
+    "eager", "sdpa", "sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn",
+    "flash_attention_2", "flash_attention_3",
+)  # fmt: skip
+
 # What HF's data collators for causal language models return.
 _MODEL_INPUTS: Final = ("input_ids", "attention_mask", "labels")
 
@@ -204,7 +209,7 @@ def refuse_unsupported(request: EstimateRequest) -> None:
     """
     allowed: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "task": (request.task, ("sft", "pretrain")),
-        "attention": (request.attention, ("eager", "sdpa", "flash_attention_2")),
+        "attention": (request.attention, ATTENTION),
         "loss": (request.loss, tuple(losses.LOSSES)),
         "kernels": (request.kernels, ((), kernels.KERNELS)),
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
@@ -313,7 +318,7 @@ def sites(model: Any) -> dict[str, str]:
 def notes(request: EstimateRequest, model: Any) -> tuple[str, ...]:
     """Return what was decided for the user while the model was built."""
     attention = str(model.config._attn_implementation)
-    if attention == request.attention:
+    if attention == request.attention.partition("_")[0] or attention == request.attention:
         return ()
     return (
         f"attention: {type(model).__name__} has no {request.attention!r}; "
@@ -343,7 +348,7 @@ def bare_model(request: EstimateRequest, config: Any) -> Any:
     torch, transformers = _import("torch"), _import("transformers")
     # transformers takes `sdpa` by itself where the model class has it and `eager` elsewhere; named
     # explicitly it raises instead.
-    attention = None if request.attention == "sdpa" else request.attention
+    attention = None if request.attention.startswith("sdpa") else request.attention
     resolved = copy.deepcopy(config)
     if type(resolved) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from msgspec import Struct
@@ -16,6 +17,7 @@ from estimator.units import round_up
 
 _SDPA: Final = Cite("torch-derivatives", "_scaled_dot_product_flash_attention")
 _FLASH: Final = Cite("flash-attention", "mha_bwd")
+_FLASH_3_WIDTHS: Final = (64, 96, 128, 192, 256)
 MASK: Final[Shape] = (BATCH, ONE, SEQ, SEQ)
 PREFIXED_MASK: Final[Shape] = (BATCH, ONE, SEQ, SECOND)
 
@@ -33,7 +35,13 @@ class Heads(Struct, frozen=True, eq=False):
         return self.query.value // self.key_value.value
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+def flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Heads,
+    buffers: Callable[[Node, Heads], list[Tensor]] | None = None,
+) -> Tensor:
     """FlashAttention 2, as SDPA or as its own package: no score matrix is ever kept.
 
     The output lies in memory as the query does.
@@ -50,7 +58,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     lse = _fused_result("log-sum-exp", q, (BATCH, heads.query, SEQ), F32, _SDPA)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        workspace = _flash_workspace(node, heads)
+        workspace = (buffers or _flash_workspace)(node, heads)
         into = _gradients(node, _SDPA)
         workspace.clear()
         return into
@@ -66,7 +74,17 @@ def _fused_result(name: str, q: Tensor, shape: Shape, dtype: DType, source: Cite
     return out
 
 
-def flash_unpadded(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+def flash_3(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+    """FlashAttention 3 for Hopper: it saves what version 2 saves, and works in other buffers.
+
+    Source: flash-attention-3, flash_attn_interface.py, setup_context; flash_api.cpp, mha_bwd.
+    """
+    return flash(q, k, v, heads, _flash_3_workspace)
+
+
+def flash_unpadded(
+    q: Tensor, k: Tensor, v: Tensor, heads: Heads, kernel: Callable[..., Tensor] = flash
+) -> Tensor:
     """FlashAttention over a padded batch: the tokens are picked out and put back around it.
 
     Every position is counted as a token, so the copies are an upper bound.
@@ -75,7 +93,7 @@ def flash_unpadded(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     """
     keys, values = ops.pick(k, k.shape), ops.pick(v, v.shape)
     queries = ops.pick(q, q.shape)
-    return ops.scatter(flash(queries, keys, values, heads))
+    return ops.scatter(kernel(queries, keys, values, heads))
 
 
 def _gradients(node: Node, source: Cite) -> Out:
@@ -116,6 +134,72 @@ def _flash_workspace(node: Node, heads: Heads) -> list[Tensor]:
             for name in ("dk_expanded", "dv_expanded")
         ]
     return held
+
+
+def _flash_3_workspace(node: Node, heads: Heads) -> list[Tensor]:
+    """Temporaries that the backward of FlashAttention 3 allocates for itself.
+
+    Shapes:
+        dq_accum                     [b, H, s, d']   4 bytes; d' is 64, 96, 128, 192 or 256
+        softmax_d, softmax_lse_log2  [b, H, s]       4 bytes each
+        dk_accum, dv_accum           [b, KV, s, d']  4 bytes each, only with grouped heads
+
+    Valid for: lengths that are a multiple of the kernel's blocks, 64 to 128; others are rounded up.
+    Source: flash-attention-3, flash_api.cpp, mha_bwd.
+    """
+    source = Cite("flash-attention-3", "flash_api.cpp, mha_bwd")
+    width = dim("d'", min(each for each in _FLASH_3_WIDTHS if each >= heads.width.value))
+    rows: Shape = (BATCH, heads.query, SEQ)
+    held = [
+        node.scratch("softmax_d", rows, F32, source, "workspace"),
+        node.scratch("softmax_lse_log2", rows, F32, source, "workspace"),
+        node.scratch("dq_accum", (*rows, width), F32, source, "workspace"),
+    ]
+    if heads.groups > 1:
+        shape: Shape = (BATCH, heads.key_value, SEQ, width)
+        held += [
+            node.scratch(name, shape, F32, source, "workspace") for name in ("dk_accum", "dv_accum")
+        ]
+    return held
+
+
+def math(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads, p: float = 0.0
+) -> Tensor:
+    """SDPA in plain operators, where the training script allows no other kernel.
+
+    Half precision inputs are raised to fp32, and autocast is off inside.
+
+    Shapes:
+        saved: scaled q            [b, s, H, d]  4 bytes
+        saved: keys, values        [b, H, s, d]  4 bytes each
+        saved: attention weights   [b, H, s, s]  4 bytes
+
+    Source: torch-sdpa, attention.cpp, _scaled_dot_product_attention_math.
+    """
+    source = Cite("torch-sdpa", "attention.cpp, _scaled_dot_product_attention_math")
+    tape = q.tape
+    q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
+    enabled, tape.autocast_enabled = tape.autocast_enabled, False
+    bias = None if mask is None else additive(mask, q.dtype)
+    query, keys, values = (ops.cast(each, F32) for each in (q, k, v))
+    query = ops.scale(query, "scaled query")
+    if bias is None:
+        lower = tape.new("causal mask", (SEQ, SEQ), DType.BOOL, source)
+        bias = additive(lower, F32)
+    if keys.shape[2] is heads.key_value:
+        keys, values = repeat_heads(keys, heads), repeat_heads(values, heads)
+    product = ops.matmul(query, ops.scale(keys, "scaled keys"), scores(heads), "scores")
+    product = ops.add_in_place(product, bias)
+    weights = _safe_softmax(product)
+    del product
+    weights = ops.dropout(weights, p)
+    returned = ops.cast(weights, q.dtype, "attention weights that nobody reads")
+    out = ops.matmul(weights, values, (BATCH, heads.query, SEQ, heads.width), "attention output")
+    out = ops.cast(out, q.dtype)
+    del returned
+    tape.autocast_enabled = enabled
+    return out
 
 
 def efficient(

@@ -20,6 +20,8 @@ from estimator.sources import Cite
 
 M = TypeVar("M", bound=Module)
 POSITIONS: Final = Cite("hf-modeling", "llama/modeling_llama.py, LlamaModel.forward")
+# Wider heads need cuDNN 9.22 on Hopper or Blackwell (torch-sdpa, check_cudnn_tensor_shapes).
+MAX_CUDNN_WIDTH: Final = 128
 MASKING: Final = Cite("hf-masking", "sdpa_mask, eager_mask")
 
 
@@ -27,7 +29,9 @@ class Settings(Struct, frozen=True):
     """What the request says about how the forward pass runs.
 
     Args:
-        attention: `eager`, `sdpa` or `flash_attention_2`.
+        attention: `eager`, `sdpa`, `flash_attention_2` or `flash_attention_3`.
+        kernel: the one that SDPA has to take (`math`, `efficient`, `flash`, `cudnn`); None: the
+            first that accepts the inputs.
         padding: some rows of the micro-batch end in padding, so that masks are built.
         packing: the sequences are one row, and `position_ids` say where each begins.
         keeps_cache: keys and values stay alive until the outputs do (use_cache).
@@ -35,10 +39,16 @@ class Settings(Struct, frozen=True):
     """
 
     attention: str = "sdpa"
+    kernel: str | None = None
     padding: bool = False
     packing: bool = False
     keeps_cache: bool = False
     liger: bool = False
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether a package of FlashAttention runs, and not a kernel of torch."""
+        return self.attention in ("flash_attention_2", "flash_attention_3")
 
 
 class Given(Struct, frozen=True, eq=False):
@@ -268,7 +278,7 @@ class Forward:
 
         Source: hf-masking, sdpa_mask, eager_mask and _ignore_causal_mask_sdpa.
         """
-        if self.settings.attention == "flash_attention_2":
+        if self.settings.is_flash:
             return
         eager = self.settings.attention == "eager"
         for kind in kinds:
@@ -340,13 +350,15 @@ class Forward:
         if self.settings.attention == "eager":
             out, self.attention_weights = kind.eager(q, k, v, mask, heads, p)
             return out
+        if self.settings.kernel is not None:
+            return self._chosen(self.settings.kernel, q, k, v, mask, heads, p)
         if mask is not None and heads.groups > 1 and self.spec.broadcasts_keys:
             return attention.math_broadcast(q, k, v, mask, heads)
         if mask is not None:
             keys, values = (attention.repeat_heads(each, heads) for each in (k, v))
             return attention.efficient(q, keys, values, mask, heads)
         half = self.tape.autocast if self.tape.autocast_enabled else None
-        if self.settings.attention == "flash_attention_2":
+        if self.settings.is_flash:
             return self._flash(half or q.dtype, q, k, v, heads)
         if (half or q.dtype).is_half:
             return attention.flash(q, k, v, heads)
@@ -362,12 +374,52 @@ class Forward:
         """
         if not dtype.is_half:
             raise UnsupportedCombinationError(
-                "flash_attention_2 takes fp16 and bf16 only, and the queries of this run are fp32; "
-                "choose a half precision, autocast, or attention sdpa"
+                f"{self.settings.attention} takes fp16 and bf16 only, and the queries of this run "
+                "are fp32; choose a half precision, autocast, or attention sdpa"
             )
+        kernel = attention.flash_3 if self.settings.attention.endswith("3") else attention.flash
         if self.settings.padding:
-            return attention.flash_unpadded(q, k, v, heads)
-        return attention.flash(q, k, v, heads)
+            return attention.flash_unpadded(q, k, v, heads, kernel)
+        return kernel(q, k, v, heads)
+
+    def _chosen(
+        self,
+        name: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        heads: Heads,
+        p: float,
+    ) -> Tensor:
+        """Run the kernel of SDPA that the training script allows, and no other.
+
+        transformers repeats keys and values for a mask, and hands grouped heads over without one.
+
+        Raises:
+            UnsupportedCombinationError: the kernel does not accept the inputs.
+
+        Source: torch-sdpa, cuda/sdp_utils.cpp, can_use_flash_attention,
+        can_use_mem_efficient_attention and can_use_cudnn_attention; cudnn-frontend,
+        CompositeSDPABackwardNode: cuDNN's buffers have the sizes of FlashAttention's.
+        """
+        half = self.tape.autocast if self.tape.autocast_enabled else None
+        is_half = (half or q.dtype).is_half
+        if mask is not None:
+            k, v = (attention.repeat_heads(each, heads) for each in (k, v))
+        if name == "math":
+            return attention.math(q, k, v, mask, heads, p)
+        if name == "efficient" and (mask is not None or heads.groups == 1):
+            return attention.efficient(q, k, v, mask, heads)
+        wide = name == "cudnn" and heads.width.value > MAX_CUDNN_WIDTH
+        if name != "efficient" and mask is None and is_half and not wide:
+            return attention.flash(q, k, v, heads)
+        given = "fp16 or bf16" if is_half else "fp32"
+        raise UnsupportedCombinationError(
+            f"sdpa_{name} does not take these inputs: {given}, {heads.groups} query heads for each "
+            f"key head of width {heads.width.value}, {'a' if mask is not None else 'no'} mask; use "
+            "attention sdpa, which takes the first kernel that does"
+        )
 
     # -- feed-forward -------------------------------------------------------------------------
 

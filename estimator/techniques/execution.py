@@ -43,9 +43,21 @@ class Attention(Struct, frozen=True):
                 f"packing has no sourced answer for {spec.model_type} models, which do not tell "
                 "packed sequences apart by position_ids here; use padding"
             )
-        if name == "flash_attention_2" and not spec.supports_flash:
+        if name == "flash_attention_3" and any(each.heads.width.value % 8 for each in spec.kinds):
             raise UnsupportedCombinationError(
-                f"transformers does not run flash_attention_2 with this {spec.model_type} model; "
+                "flash_attention_3 takes heads of a width that 8 divides; use flash_attention_2"
+            )
+        kernel = None
+        if name.startswith("sdpa_"):
+            name, _, kernel = name.partition("_")
+            if not spec.supports_sdpa or not spec.attention_interface:
+                raise UnsupportedCombinationError(
+                    f"{self.name} has no sourced answer for {spec.model_type} models, which "
+                    "prepare attention by themselves; use sdpa or eager"
+                )
+        if name.startswith("flash_attention_") and not spec.supports_flash:
+            raise UnsupportedCombinationError(
+                f"transformers does not run {name} with this {spec.model_type} model; "
                 f"use {'sdpa' if spec.supports_sdpa else 'eager'}"
             )
         if name == "sdpa" and not spec.supports_sdpa:
@@ -56,7 +68,9 @@ class Attention(Struct, frozen=True):
                 f"to eager, which keeps every score{advice}"
             )
             spec = replace(spec, notes=(*spec.notes, note))
-        settings = replace(run.settings, attention=name, padding=self.padding, packing=self.packing)
+        settings = replace(
+            run.settings, attention=name, kernel=kernel, padding=self.padding, packing=self.packing
+        )
         return replace(run, spec=spec, settings=settings)
 
 

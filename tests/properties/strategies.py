@@ -6,6 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from estimator.techniques.execution import CHECKPOINTING
+
 SETTINGS: dict[str, Any] = {"max_examples": 20, "deadline": None}
 
 
@@ -53,9 +55,16 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         "seq_len": draw(st.integers(1, 3000)),
         "gradient_accumulation_steps": draw(st.integers(1, 3)),
         "padding": draw(st.booleans()),
-        "activation_checkpointing": draw(st.sampled_from(["none", "full"])),
-        "attention": draw(st.sampled_from(["eager", "sdpa", "flash_attention_2"])),
-        "loop": {"keep_outputs": draw(st.booleans()), "use_cache": draw(st.booleans())},
+        "packing": draw(st.booleans()),
+        "activation_checkpointing": draw(st.sampled_from([*CHECKPOINTING, "every_3_offload"])),
+        "attention": draw(
+            st.sampled_from(["eager", "sdpa", "sdpa_math", "flash_attention_2", "flash_attention_3"])
+        ),
+        "loop": {
+            "keep_outputs": draw(st.booleans()),
+            "use_cache": draw(st.booleans()),
+            "set_to_none": draw(st.booleans()),
+        },
         "hardware": {"gpu": draw(st.sampled_from([None, "rtx-4090", "h200-141gb-sxm"]))},
     }  # fmt: skip
     return document

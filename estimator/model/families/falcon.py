@@ -37,7 +37,7 @@ class Falcon:
         Source: hf-modeling, falcon/modeling_falcon.py, FalconModel.forward.
         """
         hidden = run.embedding(ids, "word_embeddings")
-        if run.settings.attention != "flash_attention_2":
+        if not run.settings.is_flash:
             run.masks["full"] = self.mask(run)
         run.prepare_rotary(run.spec.rotary_width)
         return hidden

@@ -43,6 +43,27 @@ RECIPES: Final[dict[str, Document]] = {
     "saved tensors on the host amp": _checkpointing("save_on_cpu", precision="amp_bf16"),
     "saved tensors on the host lora": _checkpointing("save_on_cpu", **LORA),
     "saved tensors on the host padded": _checkpointing("save_on_cpu", padding=True),
+    "flash 3": {"attention": "flash_attention_3"},
+    "flash 3 amp": {"attention": "flash_attention_3", "precision": "amp_bf16"},
+    "flash 3 padded checkpointed": _checkpointing(
+        "full", attention="flash_attention_3", padding=True
+    ),
+    "flash 3 packed lora": {**LORA, "attention": "flash_attention_3", "packing": True},
+    "sdpa math": {"attention": "sdpa_math"},
+    "sdpa math padded": {"attention": "sdpa_math", "padding": True},
+    "sdpa math amp": {"attention": "sdpa_math", "precision": "amp_bf16"},
+    "sdpa math fp32 checkpointed": _checkpointing(
+        "full", attention="sdpa_math", precision="fp32"
+    ),
+    "sdpa efficient": {"attention": "sdpa_efficient"},
+    "sdpa efficient padded": {"attention": "sdpa_efficient", "padding": True},
+    "sdpa efficient lora": {**LORA, "attention": "sdpa_efficient"},
+    "sdpa efficient amp checkpointed": _checkpointing(
+        "full", attention="sdpa_efficient", precision="amp_bf16"
+    ),
+    "sdpa flash": {"attention": "sdpa_flash"},
+    "sdpa flash amp": {"attention": "sdpa_flash", "precision": "amp_bf16"},
+    "sdpa flash qlora": _checkpointing("full", **QLORA, attention="sdpa_flash"),
     "packed": {"packing": True},
     "packed flash": {"packing": True, "attention": "flash_attention_2"},
     "packed flash checkpointed": _checkpointing(
@@ -79,6 +100,15 @@ MODELS: Final[dict[str, str]] = {
     "saved tensors on the host amp": "qwen2",
     "saved tensors on the host padded": "gpt_neox",
     "gradients set to zero lora": "gpt2",
+    "flash 3 amp": "llama-mha",
+    "flash 3 padded checkpointed": "qwen3",
+    "sdpa math padded": "qwen2",
+    "sdpa math amp": "gpt2",
+    "sdpa math fp32 checkpointed": "gpt_neox",
+    "sdpa efficient": "llama-mha",
+    "sdpa efficient lora": "gpt_neox",
+    "sdpa efficient amp checkpointed": "opt",
+    "sdpa flash amp": "qwen3",
     "packed flash checkpointed": "qwen2",
     "packed eager": "gemma2",
     "packed amp": "gpt2",
@@ -95,6 +125,9 @@ FAST: Final = frozenset(
         "offloaded checkpoints",
         "saved tensors on the host",
         "gradients set to zero",
+        "flash 3",
+        "sdpa math",
+        "sdpa efficient",
         "packed",
         "packed flash",
     }

@@ -123,3 +123,45 @@ def test_packed_and_padded_sequences_contradict_each_other():
 def test_a_packed_row_needs_positions_up_to_one_sequence_only():
     asked = {"model": {"config": GPT2}, "micro_batch_size": 4, "seq_len": 1024, "packing": True}
     assert estimate(asked).peak.allocated_bytes.expected > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention": "sdpa_efficient"}, "4 query heads for each key head"),
+        ({"attention": "sdpa_flash", "precision": "fp32"}, "fp32"),
+        ({"attention": "sdpa_flash", "padding": True}, "a mask"),
+        ({"attention": "sdpa_cudnn", "padding": True}, "a mask"),
+    ],
+)
+def test_a_kernel_that_does_not_take_the_inputs_is_refused(changes: dict[str, Any], said: str):
+    with pytest.raises(UnsupportedCombinationError, match=said):
+        estimate({"model": "meta-llama/Llama-3.1-8B", **changes})
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gemma2"])
+def test_kernels_of_sdpa_are_refused_where_there_is_no_sdpa(model_type: str):
+    model = {"bloom": "bigscience/bloom-560m", "gemma2": "google/gemma-2-2b"}[model_type]
+    with pytest.raises(UnsupportedCombinationError, match="use sdpa or eager"):
+        estimate({"model": model, "attention": "sdpa_flash"})
+
+
+def test_flash_attention_3_works_in_the_buffers_of_its_host_code():
+    """hopper/flash_api.cpp, mha_bwd, for 16 heads of width 80, 4 of them keys, in fp32.
+
+    dq_accum 16 x 96, dk_accum and dv_accum 4 x 96, softmax_d and softmax_lse_log2 16 each.
+    """
+    config = {**LLAMA, "hidden_size": 1280, "num_attention_heads": 16, "num_key_value_heads": 4}
+    seen = _trace(config, attention="flash_attention_3")
+    buffers = {
+        kind.name.rpartition(": ")[2]: kind.size[0]
+        for kind in seen.kinds
+        if kind.component == "workspace" and kind.site == INNER_LAYER
+    }
+    assert buffers == {
+        "dq_accum": 6144,
+        "dk_accum": 1536,
+        "dv_accum": 1536,
+        "softmax_d": 64,
+        "softmax_lse_log2": 64,
+    }
