@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from estimator.techniques.execution import CHECKPOINTING
 
+ATTENTION = ("eager", "sdpa", "sdpa_math", "flash_attention_2", "flash_attention_3")
 SETTINGS: dict[str, Any] = {"max_examples": 20, "deadline": None}
 
 
@@ -57,9 +58,7 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         "padding": draw(st.booleans()),
         "packing": draw(st.booleans()),
         "activation_checkpointing": draw(st.sampled_from([*CHECKPOINTING, "every_3_offload"])),
-        "attention": draw(
-            st.sampled_from(["eager", "sdpa", "sdpa_math", "flash_attention_2", "flash_attention_3"])
-        ),
+        "attention": draw(st.sampled_from(ATTENTION)),
         "loop": {
             "keep_outputs": draw(st.booleans()),
             "use_cache": draw(st.booleans()),
