@@ -201,6 +201,8 @@ METHOD_ALIASES: Final[dict[str, Alias]] = {
     "olora": Alias("lora", {"init_lora_weights": "olora"}),
     "loftq": Alias("lora", {"init_lora_weights": "loftq"}, quantization="nf4"),
     "lora+": Alias("lora", {"loraplus_lr_ratio": 16.0}),
+    "dora": Alias("lora", {"use_dora": True}),
+    "qdora": Alias("lora", {"use_dora": True}, quantization="nf4"),
 }
 
 # Methods of the literature that have no sourced answer here yet, and what is near to each.

@@ -319,6 +319,9 @@ SOURCES: Final[dict[str, Source]] = {
         "Prefix-tuning: optimizing continuous prompts for generation",
         "https://arxiv.org/abs/2101.00190",
     ),
+    "liu2024dora": Source(
+        "paper", "DoRA: weight-decomposed low-rank adaptation", "https://arxiv.org/abs/2402.09353"
+    ),
     "kalajdzievski2023": Source(
         "paper",
         "A rank stabilization scaling factor for fine-tuning with LoRA",

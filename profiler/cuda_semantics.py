@@ -13,6 +13,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Final
+from unittest import mock
 
 from profiler import attention
 
@@ -64,9 +65,17 @@ def cuda_semantics(
                 library.impl(name, composite, "AutogradCPU")
             for name, cast in _autocast_kernels().items():
                 library.impl(name, cast, "AutocastCPU")
-        yield
+        with mock.patch.object(torch, "is_autocast_enabled", _is_autocast_enabled):
+            yield
     finally:
         library._destroy()
+
+
+def _is_autocast_enabled(*device: str) -> bool:
+    """Say whether autocast runs; asked without a device, as PEFT asks, torch means CUDA's."""
+    import torch
+
+    return bool(torch._C.is_autocast_enabled(*(device or ("cpu",))))
 
 
 def _composites(

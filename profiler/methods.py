@@ -131,7 +131,8 @@ def _with_peft(model: Any, method: Method) -> Any:
     dtype = getattr(method, "adapter_dtype", "float32")
     try:
         config = getattr(peft, method.peft)(task_type="CAUSAL_LM", **knobs)
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "float32")
+        with quantized.seen_by_peft():
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "float32")
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InvalidRequestError(f"PEFT refuses this recipe: {reason}") from error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, Final
+from unittest import mock
 
 from estimator.request import EstimateRequest
 from profiler.quantizations import bnb_4bit, bnb_8bit, torchao_int8
@@ -74,7 +76,28 @@ def quiet_imports() -> Iterator[None]:
 @contextlib.contextmanager
 def on_cuda() -> Iterator[None]:
     """Let the libraries take the branches that they take on a GPU."""
-    with bnb_8bit.on_cuda():
+    with bnb_8bit.on_cuda(), seen_by_peft():
+        yield
+
+
+@contextlib.contextmanager
+def seen_by_peft() -> Iterator[None]:
+    """Let PEFT's DoRA dequantize packed weights, which it would know by their class on a GPU."""
+    dora = sys.modules.get("peft.tuners.lora.dora")
+    if dora is None:
+        yield
+        return
+    original = dora.dequantize_module_weight
+
+    def dequantize_module_weight(module: Any) -> Any:
+        if bnb_4bit.packs(module):
+            return bnb_4bit.dequantized(module)
+        return original(module)
+
+    # PEFT copies a layer while it builds, for FSDP; meta weights cannot be copied.
+    with mock.patch.multiple(
+        dora, dequantize_module_weight=dequantize_module_weight, deepcopy=lambda layer: layer
+    ):
         yield
 
 

@@ -178,7 +178,7 @@ def mul(x: Operand, y: Operand, name: str = "mul") -> Tensor:
     """
     big = _larger(x, y)
     tape = x.tape if isinstance(x, Tensor) else y.tape  # type: ignore[union-attr]
-    out = tape.new(name, big.shape, promote(x.dtype, y.dtype), _derivative("mul.Tensor"))
+    out = Tensor(tape, big.shape, promote(x.dtype, y.dtype), None)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         (grad,) = grads
@@ -189,6 +189,8 @@ def mul(x: Operand, y: Operand, name: str = "mul") -> Tensor:
 
     saved = (x if y.requires_grad else None, y if x.requires_grad else None)
     tape.record(name, (x, y), saved, rule, out)
+    # torch saves the inputs first: a recompute that ends with them never makes the output.
+    tape.allocate(out, name, _derivative("mul.Tensor"))
     return out
 
 

@@ -109,6 +109,22 @@ def pack(module: Any, device: str) -> None:
     module.quant_state = module.weight.quant_state
 
 
+def dequantized(module: Any) -> Any:
+    """Return the whole weight of a packed layer; before it is packed, a meta tensor of its shape.
+
+    What PEFT's `dequantize_module_weight` does for a weight of bitsandbytes' own class, which a
+    fake tensor cannot have.
+
+    Source: peft, utils/integrations.py, dequantize_bnb_weight.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    if module.weight.is_meta:
+        return torch.empty(module.weight.shape, dtype=module.stored_dtype, device="meta")
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
 def seen_dtype(module: Any) -> Any:
     """Return the type of the packed weight."""
     return module.quant_storage

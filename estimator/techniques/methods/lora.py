@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Final, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, field
 from msgspec.structs import replace
 
 from estimator.dtypes import DType
-from estimator.eager import ops
-from estimator.eager.size import dim
-from estimator.eager.tensor import Tensor
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
-from estimator.model.forward import Forward
-from estimator.model.spec import Linear, Weight, Wrapper
+from estimator.model.spec import Linear
 from estimator.run import Run
 from estimator.section import Names
 from estimator.sources import Cite
+from estimator.techniques.dora import DoraAdapter
+from estimator.techniques.lora_adapter import LoraAdapter
 from estimator.techniques.method import Method, Targets, adapted_by_path, saved, with_biases
 
 # How A and B may start, and who says so.
@@ -30,86 +28,6 @@ _STARTS: Final[dict[str, Cite]] = {
 }
 _RSLORA = Cite("kalajdzievski2023", "equation 7")
 _LORAPLUS = Cite("hayou2024", "algorithm 1")
-_BIAS = Cite("peft", "tuners/lora/layer.py, LoraLayer.update_layer, lora_bias")
-
-_PLAIN: Final = Wrapper()
-
-
-class LoraAdapter(Struct, frozen=True):
-    """The adapter of one linear layer.
-
-    Args:
-        dtype: how A and B are stored; None means as the base weights are.
-        bias: B has a bias of its own.
-    """
-
-    r: int
-    dropout: float
-    dtype: DType | None
-    bias: bool = False
-
-    def weights(self, linear: Linear) -> tuple[Weight, ...]:
-        """Return A and B, and the bias of B if there is one.
-
-        Shapes:
-            A  [r, in]
-            B  [out, r]
-            bias of B [out], with `lora_bias`
-
-        Source: hu2021, section 4.1.
-        """
-        rank, stored = dim("r", self.r), self._stored(linear)
-        source = Cite("hu2021", "section 4.1, W0 + BA")
-        bias = Weight("lora_B.bias", (linear.fan_out,), stored, True, source=_BIAS)
-        return (
-            Weight("lora_A.weight", (rank, linear.fan_in), stored, True, source=source),
-            Weight("lora_B.weight", (linear.fan_out, rank), stored, True, source=source),
-            *((bias,) if self.bias else ()),
-        )
-
-    def _stored(self, linear: Linear) -> DType:
-        """Return the type of A and B; beside packed integers they stay in fp32, as created."""
-        if self.dtype is not None:
-            return self.dtype
-        if linear.format is not None:
-            return linear.format.adapter_dtype or DType.FLOAT32
-        return linear.dtype
-
-    def forward(self, run: Forward, linear: Linear, x: Tensor) -> Tensor:
-        """Return `base(x) + B(A(dropout(x))) * scaling` in the base's type.
-
-        Every adapted layer casts its input to the type of A on its own.
-
-        Source: peft, tuners/lora/layer.py, Linear.forward; tuners/lora/bnb.py, Linear4bit.forward
-        and Linear8bitLt.forward.
-        """
-        result = run.base_linear(x, linear)
-        out_dtype = result.dtype
-        wrapper = linear.format.wrapper if linear.format is not None else _PLAIN
-        if wrapper.clones:
-            result = ops.copy(result, name="clone of the base output")
-        autocasting = run.tape.autocast is not None and run.tape.autocast_enabled
-        converts = "" if autocasting and wrapper.converts != "sum always" else wrapper.converts
-        if converts:
-            x = ops.cast(x, self.weights(linear)[0].dtype, "input cast for the adapter")
-        result = ops.add(result, self._update(run, linear, x, out_dtype, converts))
-        return ops.cast(result, out_dtype, "sum cast back") if "sum" in converts else result
-
-    def _update(
-        self, run: Forward, linear: Linear, x: Tensor, out_dtype: DType, converts: str
-    ) -> Tensor:
-        down, up, *bias = self.weights(linear)
-        vector = run.param(linear.name, bias[0]) if bias else None
-        with run.tape.module("lora_A"):
-            hidden = ops.linear(
-                ops.dropout(x, self.dropout), run.param(linear.name, down), None, dim("r", self.r)
-            )
-        with run.tape.module("lora_B"):
-            update = ops.linear(hidden, run.param(linear.name, up), vector, linear.fan_out)
-        if converts == "unscaled update":
-            update = ops.cast(update, out_dtype)
-        update = ops.scale(update, "scaled update")
-        return ops.cast(update, out_dtype) if converts == "update" else update
 
 
 class Lora(Method, frozen=True, tag="lora"):
@@ -183,8 +101,10 @@ class Lora(Method, frozen=True, tag="lora"):
         stored = DType.FLOAT32 if self.adapter_dtype == "float32" else None
         targets = self._targets()
 
+        kind = DoraAdapter if self.use_dora else LoraAdapter
+
         def adapter(_: Linear, path: str) -> LoraAdapter:
-            return LoraAdapter(self._rank(path), self.lora_dropout, stored, self.lora_bias)
+            return kind(self._rank(path), self.lora_dropout, stored, self.lora_bias)
 
         spec = adapted_by_path(run.spec, targets, adapter, every_layer=self.singles_out_layers)
         spec = with_biases(saved(spec, self.modules_to_save), self.bias)
@@ -195,7 +115,7 @@ class Lora(Method, frozen=True, tag="lora"):
 
         Source: peft, tuners/lora/config.py, LoraConfig.__post_init__.
         """
-        for field_name in ("use_dora", "trainable_token_indices", "target_parameters"):
+        for field_name in ("trainable_token_indices", "target_parameters"):
             if getattr(self, field_name):
                 raise UnsupportedCombinationError(f"{field_name} has no sourced answer here yet")
         by_number = bool(self.layers_to_transform)
@@ -205,6 +125,8 @@ class Lora(Method, frozen=True, tag="lora"):
             )
         if self.layers_pattern and not by_number:
             raise InvalidRequestError("layers_pattern needs layers_to_transform beside it")
+        if self.lora_bias and self.use_dora:
+            raise InvalidRequestError("lora_bias does not go with use_dora; leave one of them out")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise InvalidRequestError("lora_bias needs init_lora_weights true or false")
 

@@ -116,6 +116,17 @@ class FourBit(Struct, frozen=True):
         tape.record("matmul_4bit", (given,), (), rule, out)
         return ops.cast(out, x.dtype, "output in the input's type")
 
+    def dequantize(self, run: Forward, linear: Linear) -> Tensor:
+        """Return the whole weight in the type that it had.
+
+        Source: bitsandbytes, functional.py, dequantize_4bit.
+        """
+        blocks = _flat(-(-linear.weight().parameters // BLOCK))
+        scales = [run.tape.new("absmax", blocks, F32, _STATE)] if self.double_quant else []
+        whole = run.tape.new("dequantized weight", linear.weight().shape, self.stored, _STATE)
+        scales.clear()
+        return whole
+
 
 def _flat(count: int) -> tuple[Dim]:
     return (dim("n", count),)

@@ -61,6 +61,26 @@ RECIPES: Final[dict[str, Document]] = {
     "pissa": _lora(init_lora_weights="pissa"),
     "lora+": _lora(loraplus_lr_ratio=16.0),
     "lora+ checkpointed": {**_lora(loraplus_lr_ratio=16.0), **CHECKPOINTED},
+    # DoRA
+    "dora": _lora(use_dora=True),
+    "dora checkpointed": {**_lora(use_dora=True), **CHECKPOINTED},
+    "dora dropout": _lora(use_dora=True, lora_dropout=0.05),
+    "dora dropout checkpointed": {**_lora(use_dora=True, lora_dropout=0.05), **CHECKPOINTED},
+    "dora in the base's type": _lora(use_dora=True, adapter_dtype="base"),
+    "dora autocast": {**_lora(use_dora=True), "autocast": "bf16"},
+    "dora dropout amp": {**_lora(use_dora=True, lora_dropout=0.05), "precision": "amp_bf16"},
+    "dora fp32 dropout": {**_lora(use_dora=True, lora_dropout=0.05), "precision": "fp32"},
+    "dora conv1d": _lora(use_dora=True, lora_dropout=0.05),
+    "dora biases": _lora(use_dora=True),
+    "dora short checkpointed": {
+        **_lora(use_dora=True), **CHECKPOINTED, "micro_batch_size": 1, "seq_len": 130,
+    },
+    "qdora": {**_lora(use_dora=True), **NF4},
+    "qdora checkpointed": {**_lora(use_dora=True), **NF4, **CHECKPOINTED},
+    "qdora dropout checkpointed": {
+        **_lora(use_dora=True, lora_dropout=0.05), **NF4, **CHECKPOINTED,
+    },
+    "qdora without autocast": {**_lora(use_dora=True), "quantization": {"name": "nf4"}},
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
@@ -71,8 +91,16 @@ MODELS: Final[dict[str, str]] = {
     "lora, every bias, checkpointed": "starcoder2",
     "lora, every bias, autocast": "opt",
     "lora, biases of its layers": "qwen2",
+    "dora conv1d": "gpt2",
+    "dora biases": "qwen2",
 }
 
 FAST: Final = frozenset(
-    {"lora, head saved, tied", "lora, every bias", "lora, last two layers, checkpointed"}
+    {
+        "lora, head saved, tied",
+        "lora, every bias",
+        "lora, last two layers, checkpointed",
+        "dora",
+        "qdora checkpointed",
+    }
 )

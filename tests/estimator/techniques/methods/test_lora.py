@@ -54,6 +54,8 @@ KNOBS: dict[str, Any] = {
     "norms saved": lambda family: {"modules_to_save": [NORM[family]]},
     "every bias": lambda _: {"bias": "all"},
     "biases of its layers": lambda family: {"bias": "lora_only", "target_modules": EACH[family]},
+    "dora": lambda _: {"use_dora": True},
+    "dora on some layers": lambda family: {"use_dora": True, "target_modules": EACH[family]},
     "bias of B": lambda _: {"lora_bias": True},
     "two layers": lambda family: {
         "target_modules": EACH[family], "layers_to_transform": [1, 3],
@@ -103,6 +105,7 @@ def test_every_initialization_leaves_tensors_of_the_same_size(init: str) -> None
         {"layers_to_transform": [0]},
         {"target_modules": ["q_proj"], "layers_pattern": ["layers"]},
         {"lora_bias": True, "init_lora_weights": "gaussian"},
+        {"lora_bias": True, "use_dora": True},
         {"target_modules": ["no_such_layer"]},
         {"target_modules": ["q_proj"], "layers_to_transform": [77]},
     ],
@@ -141,6 +144,8 @@ def test_a_saved_module_that_the_model_does_not_have_is_refused() -> None:
         ("loftq", {"init_lora_weights": "loftq"}, "nf4"),
         ("lora+", {"loraplus_lr_ratio": 16.0}, None),
         ("qlora", {}, "nf4"),
+        ("dora", {"use_dora": True}, None),
+        ("qdora", {"use_dora": True}, "nf4"),
     ],
 )
 def test_a_word_stands_for_lora_with_its_knobs(
@@ -153,3 +158,28 @@ def test_a_word_stands_for_lora_with_its_knobs(
 def test_a_knob_beside_the_word_wins() -> None:
     method = parse_request({"model": "gpt2", "method": {"name": "lora+", "loraplus_lr_ratio": 4}})
     assert method.method.to_dict()["loraplus_lr_ratio"] == 4
+
+
+def test_dora_over_integers_is_refused_by_name() -> None:
+    from estimator.pipeline import answer
+
+    document = {**_document("llama", use_dora=True), "quantization": "int8"}
+    with pytest.raises(UnsupportedCombinationError, match="DoRA over this quantization"):
+        answer(parse_request(document), MODELS["llama"], "model", None)
+
+
+def test_the_norm_of_dora_takes_the_copies_that_its_source_makes() -> None:
+    from estimator.eager.tensor import Regime
+    from estimator.memory.trace import record_layers
+
+    document = _document("llama", use_dora=True, target_modules=["o_proj"])
+    run = resolve(parse_request(document), MODELS["llama"], "model")
+    recording = record_layers(run, Regime(), (0,))
+    square = 1152 * 1152 * 4  # o_proj of this model is square; every copy is fp32
+    names = [
+        kind.name.rpartition("o_proj.")[2] for kind in recording.kinds if kind.size == (square, 0)
+    ]
+    # peft 0.21.2, tuners/lora/dora.py: x_eye, lora_B(lora_A(x_eye)), weight.to, scaling * BA, sum
+    assert names == [
+        "identity", "lora_B.output", "base weight, cast", "scaled BA", "adapted weight",
+    ]  # fmt: skip
