@@ -181,6 +181,10 @@ def _refuse_contradictions(request: EstimateRequest, optimizer: OptimizerChoice)
             "or fp32, and autocast beside it"
         )
 
+    if optimizer.in_backward and not request.loop.set_to_none:
+        raise InvalidRequestError(
+            "an optimizer in backward drops each gradient itself; leave out loop.set_to_none=false"
+        )
     if optimizer.in_backward and request.gradient_accumulation_steps > 1:
         raise InvalidRequestError(
             "an optimizer in backward drops each gradient as soon as it has been used, and leaves "

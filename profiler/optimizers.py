@@ -436,6 +436,21 @@ def _galore(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     return galore.GaLoreAdamW(chosen, lr=LEARNING_RATE, no_deprecation_warning=True)
 
 
+def _torchao(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return torchao's AdamW with the Trainer's block; its compiled step allocates nothing here."""
+    _refuse_implementation(asked)
+    adam = _library("torchao.optim.adam", "torchao", asked)
+    kind = {"8bit": "AdamW8bit", "4bit": "AdamW4bit", "fp8": "AdamWFp8"}
+    name = kind[asked.name.removeprefix("adamw_torch_")]
+
+    class Compiled(getattr(adam, name)):  # type: ignore[misc]  # torch is not typed here
+        def step(self, closure: Any = None) -> Any:
+            with _patched(adam.torch, "compile", lambda *_, **__: lambda *_: None):
+                return super().step(closure)
+
+    return Compiled(groups, lr=LEARNING_RATE, block_size=256)
+
+
 def _library(module: str, package: str, asked: Optimizer) -> Any:
     try:
         return importlib.import_module(module)
@@ -532,6 +547,9 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "schedule_free_sgd": _schedule_free,
     "galore_adamw": _galore,
     "lowmem_adafactor": _lowmem_adafactor,
+    "adamw_torch_8bit": _torchao,
+    "adamw_torch_4bit": _torchao,
+    "adamw_torch_fp8": _torchao,
     "lomo": _lomo,
     "adalomo": _lomo,
     **dict.fromkeys(BITSANDBYTES, _bitsandbytes),

@@ -12,6 +12,7 @@ from estimator.eager.checkpoint import Checkpointing
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.spec import ModelSpec
 from estimator.run import OptimizerChoice, Run
+from estimator.techniques.optimizers import OPTIMIZERS
 from estimator.techniques.stage import Stage
 
 
@@ -87,8 +88,12 @@ class Training(Struct, frozen=True):
     def apply(self, run: Run) -> Run:
         """Set how the loop trains; master weights were decided with the precision."""
         optimizer = replace(self.optimizer, master_weights=run.optimizer.master_weights)
+        spec, note = run.spec, OPTIMIZERS[optimizer.name].note
+        if note:
+            spec = replace(spec, notes=(*spec.notes, note))
         return replace(
             run,
+            spec=spec,
             optimizer=optimizer,
             micro_batches=self.micro_batches,
             keeps_outputs=self.keeps_outputs,

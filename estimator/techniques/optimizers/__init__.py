@@ -13,6 +13,7 @@ from estimator.techniques.optimizers.row import OptimizerRow, State, Trained, tr
 from estimator.techniques.optimizers.small_libraries import SMALL_LIBRARIES
 from estimator.techniques.optimizers.temporaries import trainer_groups, worst_moment
 from estimator.techniques.optimizers.torch_optim import TORCH
+from estimator.techniques.optimizers.torchao import TORCHAO
 from estimator.techniques.optimizers.transformers import TRANSFORMERS
 
 OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
@@ -23,6 +24,7 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **LOWMEM,
     **LOW_RANK,
     **SMALL_LIBRARIES,
+    **TORCHAO,
 }
 
 # Names that `TrainingArguments.optim` knows and we do not answer, and what to use instead.
@@ -30,8 +32,6 @@ REFUSED: Final[dict[str, str]] = {
     "adamw_torch_xla": "it runs on XLA devices only; use 'adamw_torch_fused'",
     "adamw_torch_npu_fused": "it runs on NPUs only; use 'adamw_torch_fused'",
     "adamw_anyprecision": "torchdistx is no longer released; use 'adamw' with bf16 weights",
-    "adamw_torch_4bit": "its step is a compiled kernel of torchao; use 'adamw_8bit'",
-    "adamw_torch_8bit": "its step is a compiled kernel of torchao; use 'adamw_8bit'",
     "galore_adamw_8bit": "no source has been followed yet; use 'adamw_8bit' or method 'lora'",
     "galore_adafactor": "no source has been followed yet; use 'adafactor'",
     "galore_adamw_8bit_layerwise": "no source has been followed yet; use in_backward",

@@ -101,5 +101,6 @@ LOW_RANK: Final[dict[str, OptimizerRow]] = {
         knobs=("rank",),
         trains_all=True,
         groups_itself=True,
+        note="cuSOLVER's workspace of GaLore's singular value decomposition is not counted",
     ),
 }

@@ -99,6 +99,7 @@ class OptimizerRow(Struct, frozen=True):
         knobs: fields of the request's section that this optimizer has.
         needs: those of them that it does not run without.
         fused_backward: it has no step of its own; hooks update parameters inside backward.
+        note: what the answer says about it, where something is not counted.
         groups_itself: its parameter groups are not the Trainer's two.
         trains_all: it keeps states of frozen weights too, so that none may be frozen.
     """
@@ -112,6 +113,7 @@ class OptimizerRow(Struct, frozen=True):
     fused_backward: bool = False
     trains_all: bool = False
     groups_itself: bool = False
+    note: str = ""
 
 
 def same(each: Trained) -> int:

@@ -107,6 +107,17 @@ RECIPES: Final[dict[str, Document]] = {
     ),
     "galore layerwise": _in_backward("galore_adamw", SHORT),
     "galore layerwise checkpointed, tied": _in_backward("galore_adamw", SHORT, CHECKPOINTED),
+    # -- torchao: the states are torchao's, the compiled step allocates nothing ------------------
+    "torchao 8-bit": _asked("adamw_torch_8bit", SHORT),
+    "torchao 8-bit fp32, gpt2": _asked("adamw_torch_8bit", SHORT, _FP32),
+    "torchao 8-bit amp checkpointed": _asked(
+        "adamw_torch_8bit", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}
+    ),
+    "torchao 4-bit": _asked("adamw_torch_4bit", SHORT),
+    "torchao 4-bit, tied": _asked("adamw_torch_4bit", SHORT, _FP32),
+    "torchao 4-bit in backward": _in_backward("adamw_torch_4bit", SHORT, CHECKPOINTED),
+    "torchao fp8": _asked("adamw_torch_fp8", SHORT),
+    "torchao fp8 lora": _asked("adamw_torch_fp8", SHORT, LORA),
     # -- torch ---------------------------------------------------------------------------------
     "adamw amsgrad": _asked("adamw", SHORT, amsgrad=True),
     "adam amsgrad single": _asked("adam", SHORT, amsgrad=True, implementation="single"),
@@ -159,6 +170,8 @@ MODELS: Final[dict[str, str]] = {
     "adafactor in backward fp32 checkpointed, tied": "llama-tied",
     "adafactor in backward, gpt2": "gpt2",
     "torch adafactor in backward amp": "qwen2",
+    "torchao 8-bit fp32, gpt2": "gpt2",
+    "torchao 4-bit, tied": "llama-tied",
     "lion fp32, gpt2": "gpt2",
     "schedule-free adamw amp, tied": "llama-tied",
     "schedule-free sgd fp32, gpt2": "gpt2",

@@ -58,7 +58,12 @@ def test_a_knob_of_another_optimizer_is_refused_with_those_that_have_it(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"gradient_accumulation_steps": 2}, {"precision": "master_bf16"}]
+    "changes",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"precision": "master_bf16"},
+        {"loop": {"set_to_none": False}},
+    ],
 )
 @pytest.mark.parametrize("optimizer", [{"in_backward": True}, {"name": "lomo"}])
 def test_an_optimizer_in_backward_refuses_what_needs_the_gradients_later(
