@@ -148,7 +148,6 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
     default = Parallelism()
     refused = {
         f"task {request.task!r}": request.task not in ("sft", "pretrain"),
-        f"attention {request.attention!r}": (request.attention == "flex_attention"),
         f"loss {request.loss!r}": request.loss not in ("standard", *FUSED_LOSSES),
         f"kernels {list(request.kernels)} (known: {', '.join(KERNELS)})": not (
             set(request.kernels) <= KERNELS.keys()

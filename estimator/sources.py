@@ -80,6 +80,11 @@ SOURCES: Final[dict[str, Source]] = {
         "Reducing activation recomputation in large transformer models",
         "https://arxiv.org/abs/2205.05198",
     ),
+    "torch-flex": Source(
+        "code",
+        "PyTorch 2.13.0, flex attention",
+        "https://github.com/pytorch/pytorch/blob/v2.13.0/torch",
+    ),
     "torch-sdpa": Source(
         "code",
         "PyTorch 2.13.0, scaled dot product attention",

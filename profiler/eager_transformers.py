@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from profiler import flash_attention
+from profiler import flash_attention, flex_attention
 
 
 @contextlib.contextmanager
@@ -18,9 +18,11 @@ def eager_transformers() -> Iterator[None]:
       masks, so it builds a dense [b, 1, s, s] mask that the eager step does not have
       (transformers/utils/import_utils.py, `is_tracing`).
     - It refuses flash attention without the `flash-attn` package, which needs a GPU to build.
+    - It compiles flex attention, whose kernels are Triton's.
     - Its advice about tokens and deprecated names is meant for whoever writes the training script.
     """
-    from transformers import PreTrainedModel, modeling_flash_attention_utils
+    from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils
+    from transformers.integrations import flex_attention as upstream
     from transformers.utils import import_utils, logging
 
     def accept(*_: Any, **__: Any) -> None:
@@ -32,6 +34,8 @@ def eager_transformers() -> Iterator[None]:
         with (
             mock.patch.object(import_utils, "is_fake_tensor", return_value=False),
             mock.patch.object(PreTrainedModel, "_flash_attn_import_error", staticmethod(accept)),
+            mock.patch.object(masking_utils, "create_block_mask", flex_attention.block_mask),
+            mock.patch.object(upstream, "compile_friendly_flex_attention", flex_attention.compiled),
             mock.patch.multiple(
                 modeling_flash_attention_utils,
                 _lazy_imports=flash_attention.functions,

@@ -51,7 +51,7 @@ _MICRO_STEPS: Final = 2
 
 ATTENTION: Final = (
     "eager", "sdpa", "sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn",
-    "flash_attention_2", "flash_attention_3",
+    "flash_attention_2", "flash_attention_3", "flex_attention",
 )  # fmt: skip
 
 # What HF's data collators for causal language models return.

@@ -82,6 +82,38 @@ def flash_3(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     return flash(q, k, v, heads, _flash_3_workspace)
 
 
+def flex(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+    """Flex attention, compiled by inductor: masks are code, and no gradient is summed in fp32.
+
+    transformers repeats keys and values where the query heads are no power of two. The block mask
+    is left out: a few numbers for each block of 128 x 128 scores.
+
+    Shapes:
+        saved: q, output     [b, s, H·d]   width of the query each
+        saved: k, v          [b, s, KV·d]  width of the query each
+        saved: log-sum-exp   [b, H, s]     4 bytes
+
+    Source: torch-flex, _inductor/kernel/flex/flex_attention.py, flex_attention and
+    flex_attention_backward; hf-library, integrations/flex_attention.py, flex_attention_forward.
+    """
+    source = Cite("torch-flex", "_inductor/kernel/flex/flex_attention.py, flex_attention")
+    if heads.query.value & (heads.query.value - 1):
+        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    rows: Shape = (BATCH, heads.query, SEQ)
+    out = _fused_result("attention output", q, q.shape, q.dtype, source)
+    lse = _fused_result("log-sum-exp", q, rows, F32, source)
+    q.tape.new("maximal scores", rows, F32, source)
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        workspace = [node.scratch("delta", rows, F32, source, "workspace")]
+        into = _gradients(node, source)
+        workspace.clear()
+        return into
+
+    q.tape.record("attention", (q, k, v), (q, k, v, out, lse), rule, out)
+    return out
+
+
 def flash_unpadded(
     q: Tensor, k: Tensor, v: Tensor, heads: Heads, kernel: Callable[..., Tensor] = flash
 ) -> Tensor:

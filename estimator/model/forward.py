@@ -29,7 +29,7 @@ class Settings(Struct, frozen=True):
     """What the request says about how the forward pass runs.
 
     Args:
-        attention: `eager`, `sdpa`, `flash_attention_2` or `flash_attention_3`.
+        attention: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3` or `flex_attention`.
         kernel: the one that SDPA has to take (`math`, `efficient`, `flash`, `cudnn`); None: the
             first that accepts the inputs.
         padding: some rows of the micro-batch end in padding, so that masks are built.
@@ -270,7 +270,7 @@ class Forward:
 
         SDPA needs none while attention is plainly causal; padding, packed sequences, a prefix in
         the cache, and a window that the length exceeds, need one. Eager attention always adds a
-        float mask. FlashAttention takes the padding mask itself.
+        float mask. FlashAttention takes the padding mask itself, and flex attention a block mask.
 
         Shapes:
             mask  [b, 1, s, s]  1 byte for sdpa, the width of the model for eager; with a prefix
@@ -278,7 +278,7 @@ class Forward:
 
         Source: hf-masking, sdpa_mask, eager_mask and _ignore_causal_mask_sdpa.
         """
-        if self.settings.is_flash:
+        if self.settings.is_flash or self.settings.attention == "flex_attention":
             return
         eager = self.settings.attention == "eager"
         for kind in kinds:
@@ -350,6 +350,8 @@ class Forward:
         if self.settings.attention == "eager":
             out, self.attention_weights = kind.eager(q, k, v, mask, heads, p)
             return out
+        if self.settings.attention == "flex_attention":
+            return attention.flex(q, k, v, heads)
         if self.settings.kernel is not None:
             return self._chosen(self.settings.kernel, q, k, v, mask, heads, p)
         if mask is not None and heads.groups > 1 and self.spec.broadcasts_keys:

@@ -280,6 +280,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
         rotary_width: width of the rotary tables; 0 without rotary positions.
         supports_sdpa: whether the model class runs torch's scaled dot product attention.
         supports_flash: whether it runs FlashAttention 2.
+        supports_flex: whether it runs flex attention.
         attention_interface: attention is a function that transformers looks up by name.
         takes_positions: `position_ids` of the batch reach the mask and the embeddings.
         broadcasts_keys: sdpa gets one key head for all query heads, which no fused kernel takes.
@@ -301,6 +302,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
     rotary_width: int = 0
     supports_sdpa: bool = True
     supports_flash: bool = True
+    supports_flex: bool = True
     broadcasts_keys: bool = False
     attention_interface: bool = True
     takes_positions: bool = True

@@ -48,6 +48,16 @@ class Attention(Struct, frozen=True):
             raise UnsupportedCombinationError(
                 "flash_attention_3 takes heads of a width that 8 divides; use flash_attention_2"
             )
+        if name == "flex_attention" and not spec.supports_flex:
+            raise UnsupportedCombinationError(
+                f"transformers does not run flex_attention with this {spec.model_type} model; use "
+                f"{'sdpa' if spec.supports_sdpa else 'eager'}"
+            )
+        if name == "flex_attention" and (run.autocast or _drops_weights(spec)):
+            raise UnsupportedCombinationError(
+                "flex_attention has no sourced answer under autocast, and transformers refuses it "
+                "with dropout on the attention weights; use sdpa or flash_attention_2"
+            )
         kernel = None
         if name.startswith("sdpa_"):
             name, _, kernel = name.partition("_")
@@ -73,6 +83,10 @@ class Attention(Struct, frozen=True):
             run.settings, attention=name, kernel=kernel, padding=self.padding, packing=self.packing
         )
         return replace(run, spec=spec, settings=settings)
+
+
+def _drops_weights(spec: ModelSpec) -> bool:
+    return any(kind.facts.get("attention_dropout", 0.0) for kind in spec.kinds)
 
 
 class Training(Struct, frozen=True):

@@ -141,6 +141,7 @@ def read(config: Config) -> ModelSpec:
         layers_path="transformer.h",
         supports_sdpa=False,
         supports_flash=False,
+        supports_flex=False,
         attention_interface=False,
         takes_positions=False,
         notes=config.notes,

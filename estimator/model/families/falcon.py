@@ -213,6 +213,7 @@ def read(config: Config) -> ModelSpec:
         buffers=rotary_buffers(kind.heads.width.value),
         rotary_width=kind.heads.width.value,
         supports_flash=not alibi,
+        supports_flex=False,
         attention_interface=False,
         takes_positions=False,
         broadcasts_keys=kind.heads.groups > 1,

@@ -111,6 +111,7 @@ def read(config: Config) -> ModelSpec:
         tied=config.flag("tie_word_embeddings", True),
         layers_path="transformer.h",
         max_positions=positions,
+        supports_flex=False,
         notes=config.notes,
     )
 

@@ -165,3 +165,24 @@ def test_flash_attention_3_works_in_the_buffers_of_its_host_code():
         "softmax_d": 64,
         "softmax_lse_log2": 64,
     }
+
+
+def test_flex_attention_keeps_no_mask_and_sums_no_gradient_in_fp32():
+    """torch 2.13, flex_attention_backward: beside the gradients, delta alone, 4 bytes a row."""
+    seen = _trace(LLAMA, attention="flex_attention", padding=True)
+    buffers = {
+        kind.name.rpartition(": ")[2]: kind.size[0]
+        for kind in seen.kinds
+        if kind.component == "workspace" and kind.site == INNER_LAYER
+    }
+    assert buffers == {"delta": 4 * 4}
+    assert _saved(seen, ROWS_TIMES_LENGTH_SQUARED) == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "amp_bf16"}, {"model": {"config": GPT2}}], ids=["autocast", "gpt2"]
+)
+def test_flex_attention_is_refused_where_nobody_runs_it(changes: dict[str, Any]):
+    asked = {"model": {"config": LLAMA}, "seq_len": 512, "attention": "flex_attention"}
+    with pytest.raises(UnsupportedCombinationError, match="flex_attention"):
+        estimate({**asked, **changes})
