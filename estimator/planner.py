@@ -98,7 +98,7 @@ def _smallest_gpu(engine: Engine, request: EstimateRequest) -> str | None:
 
 
 def _candidates(request: EstimateRequest) -> list[Gpu]:
-    half = request.precision in ("bf16", "amp_bf16", "master_bf16")
+    half = request.precision in ("bf16", "amp_bf16", "master_bf16", "megatron_bf16")
     flash = request.attention == "flash_attention_2"
     return [
         gpu

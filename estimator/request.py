@@ -134,7 +134,9 @@ class EstimateRequest(Section, frozen=True):
     ] = "sft"
     method: Method = Full()
     quantization: Quantization | None = None
-    precision: Literal["fp32", "bf16", "fp16", "master_bf16", "amp_bf16", "amp_fp16"] = "bf16"
+    precision: Literal[
+        "fp32", "bf16", "fp16", "master_bf16", "megatron_bf16", "amp_bf16", "amp_fp16"
+    ] = "bf16"
     autocast: Literal["bf16", "fp16"] | None = None
     optimizer: Optimizer = Optimizer()
     micro_batch_size: Annotated[int, Meta(ge=1, le=MAX_MICRO_BATCH_SIZE)] = 1

@@ -152,8 +152,8 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
         f"kernels {list(request.kernels)} (known: {', '.join(KERNELS)})": not (
             set(request.kernels) <= KERNELS.keys()
         ),
-        "an optimizer in backward with precision 'master_bf16'": (
-            optimizer.in_backward and request.precision == "master_bf16"
+        f"an optimizer in backward with precision {request.precision!r}": (
+            optimizer.in_backward and request.precision in ("master_bf16", "megatron_bf16")
         ),
         f"optimizer {optimizer.name!r} with a method that freezes weights": (
             OPTIMIZERS[optimizer.name].trains_all and not request.method.trains_base

@@ -19,12 +19,14 @@ class OptimizerChoice(Struct, frozen=True):
         implementation: the one that was named, or the optimizer's default.
         master_weights: it updates fp32 copies of the weights.
         in_backward: parameters are updated while backward runs, and gradients dropped.
+        main_gradients: gradients are added up in fp32 tensors that are there all the time.
     """
 
     asked: Optimizer
     implementation: str
     master_weights: bool
     in_backward: bool = False
+    main_gradients: bool = False
 
     @property
     def name(self) -> str:

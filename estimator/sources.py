@@ -390,6 +390,11 @@ SOURCES: Final[dict[str, Source]] = {
         "PyTorch 2.13.0, orthogonal parametrization",
         f"{_TORCH}/torch/nn/utils/parametrizations.py",
     ),
+    "megatron-ddp": Source(
+        "code",
+        "Megatron-LM at commit 001199898c4b, gradient buffers and their hooks",
+        "https://github.com/NVIDIA/Megatron-LM/blob/001199898c4badd01eaf0785c212d8ed7ce83042/megatron",
+    ),
     "megatron-optimizer": Source(
         "code",
         "Megatron-LM, Float16OptimizerWithFloat16Params",

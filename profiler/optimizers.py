@@ -44,6 +44,8 @@ def build(model: Any, request: EstimateRequest) -> Any:
         return InBackward(groups, lambda alone: build_one(model, alone, asked))
     if request.precision == "master_bf16":
         return MasterCopies(groups, lambda masters: build_one(model, masters, asked))
+    if request.precision == "megatron_bf16":
+        return MainGradients(groups, lambda masters: build_one(model, masters, asked))
     return build_one(model, groups, asked)
 
 
@@ -142,6 +144,53 @@ class MasterCopies:
         self.inner.zero_grad(set_to_none=set_to_none)
         for parameter, _ in self.masters:
             parameter.grad = None
+
+
+class MainGradients(MasterCopies):
+    """fp32 copies of 16-bit parameters, and fp32 gradients that are allocated once.
+
+    Megatron-LM puts the gradients of all parameters into one buffer; here each has its own piece.
+
+    Source: megatron/core/distributed/distributed_data_parallel.py, _make_backward_post_hook,
+    without gradient_accumulation_fusion; param_and_grad_buffer.py, _ParamAndGradBuffer.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], build_inner: Callable[[list[dict[str, Any]]], Any]
+    ) -> None:
+        import torch
+
+        super().__init__(groups, build_inner)
+        copies = dict(self.masters)
+        self.updated = [(p, copies.get(p, p)) for group in groups for p in group["params"]]
+        for parameter, _ in self.updated:
+            parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+            parameter.register_post_accumulate_grad_hook(self._hook)
+
+    @staticmethod
+    def _hook(parameter: Any) -> None:
+        import torch
+
+        with torch.no_grad():
+            parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+    def step(self) -> None:
+        """Update the copies by the gradients where they lie, copy parameters back."""
+        import torch
+
+        for parameter, main in self.updated:
+            main.grad = parameter.main_grad.float()
+        self.inner.step()
+        with torch.no_grad():
+            for parameter, main in self.masters:
+                parameter.copy_(main)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients in place; they stay."""
+        for parameter, main in self.updated:
+            main.grad = None
+            parameter.main_grad.zero_()
 
 
 class InBackward:

@@ -34,6 +34,7 @@ _STORED: Final[dict[str, str]] = {
     "bf16": "bfloat16",
     "fp16": "float16",
     "master_bf16": "bfloat16",
+    "megatron_bf16": "bfloat16",
     "amp_bf16": "float32",
     "amp_fp16": "float32",
 }
@@ -191,6 +192,9 @@ def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
     for path, module in job.model.named_modules():
         for name, tensor in quantized.tensors(module).items():
             yield tensor, f"{path}.{name}", "quantization state", "weights"
+    for path, parameter in job.model.named_parameters():
+        if hasattr(parameter, "main_grad"):
+            yield parameter.main_grad, path, "main_grad", "gradients"
     for path, buffer in job.model.named_buffers():
         yield buffer, path, "buffer", "buffers"
     paths = {id(parameter): path for path, parameter in job.model.named_parameters()}

@@ -13,6 +13,7 @@ from estimator.techniques.optimizers import OPTIMIZERS, Trained, states, tempora
 
 _MASTER = Cite("micikevicius2018", "section 3.1, fp32 master copy of weights")
 _MAIN_GRADS = Cite("megatron-optimizer", "_copy_model_grads_to_main_grads")
+_MAIN_GRAD_BUFFER = Cite("megatron-ddp", "_ParamAndGradBuffer, grad_reduce_in_fp32")
 _GRAD = Cite("torch-autograd", "functions/accumulate_grad.h, AccumulateGrad")
 _BUFFER = Cite("hf-modeling", "buffers of the model class")
 
@@ -20,7 +21,9 @@ _BUFFER = Cite("hf-modeling", "buffers of the model class")
 def standing(run: Run) -> Ledger:
     """Return the entries that are alive at every moment from the second step on."""
     entries = [*_weights(run), *_buffers(run), *_states(run)]
-    if run.accumulates:
+    if run.optimizer.main_gradients:
+        entries += _main_gradients(run)
+    elif run.accumulates:
         entries += _gradients(run)
     return Ledger(tuple(entries))
 
@@ -54,7 +57,7 @@ def _weights(run: Run) -> list[Entry]:
         name, site = f"{module.name}.{weight.name}", site_of(run, module)
         row = tensor_row(name, "weights", site, weight.shape, weight.dtype, weight.source)
         entries.append(Entry(row, count))
-        if run.optimizer.master_weights and weight.trainable:
+        if run.optimizer.master_weights and weight.trainable and weight.dtype.is_half:
             master = tensor_row(
                 f"{name}, fp32 master copy", "optimizer_states", site, weight.shape,
                 DType.FLOAT32, _MASTER,
@@ -110,6 +113,27 @@ def _gradients(run: Run) -> list[Entry]:
     ]  # fmt: skip
 
 
+def _main_gradients(run: Run) -> list[Entry]:
+    """Return the fp32 gradients that Megatron-LM allocates once, in one buffer for all.
+
+    Shapes:
+        main_grad  as the parameter  4 bytes, for each trained parameter
+
+    Source: megatron-ddp, core/distributed/param_and_grad_buffer.py, _ParamAndGradBuffer.
+    """
+    return [
+        Entry(
+            tensor_row(
+                f"{module.name}.{weight.name}.main_grad", "gradients", site_of(run, module),
+                weight.shape, DType.FLOAT32, _MAIN_GRAD_BUFFER,
+            ),
+            count,
+        )
+        for module, weight, count in run.spec.tensors()
+        if weight.trainable
+    ]  # fmt: skip
+
+
 def step_entries(run: Run) -> tuple[Entry, ...]:
     """Return what the optimizer's step holds beside the standing entries at its worst moment.
 
@@ -118,20 +142,7 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
     """
     if run.optimizer.in_backward:
         return ()
-    tensors = trained_tensors(run)
-    if run.optimizer.master_weights:
-        gradients = [
-            Entry(
-                constant_row(
-                    f"{each.name}, fp32 gradient", "gradients", "optimizer", each.bytes,
-                    f"{each.elements} parameters x 4 B", _MAIN_GRADS,
-                ),
-                each.count,
-            )
-            for each in tensors
-        ]  # fmt: skip
-    else:
-        gradients = [] if run.accumulates else _gradients(run)
+    gradients = _step_gradients(run)
     sizes = step_temporaries(run)
     if not sizes:
         return tuple(gradients)
@@ -143,6 +154,24 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
         for size, count in alike.items()
     ]
     return (*gradients, *scratch)
+
+
+def _step_gradients(run: Run) -> list[Entry]:
+    """Return the gradients that are there in the step and were not all the time."""
+    if run.optimizer.main_gradients:
+        return []
+    if not run.optimizer.master_weights:
+        return [] if run.accumulates else _gradients(run)
+    return [
+        Entry(
+            constant_row(
+                f"{each.name}, fp32 gradient", "gradients", "optimizer", each.bytes,
+                f"{each.elements} parameters x 4 B", _MAIN_GRADS,
+            ),
+            each.count,
+        )
+        for each in trained_tensors(run)
+    ]  # fmt: skip
 
 
 def step_temporaries(run: Run) -> tuple[int, ...]:

@@ -95,8 +95,25 @@ class FusedBackward(InBackward):
         return alive
 
 
-def inside_backward(run: Run) -> InBackward | None:
-    """Return the hook of a run whose optimizer works inside backward."""
+class MainGradients:
+    """A hook that adds each gradient to its fp32 place and drops it.
+
+    Source: megatron-ddp, core/distributed/distributed_data_parallel.py,
+    _make_backward_post_hook, without gradient_accumulation_fusion.
+    """
+
+    def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
+        """Take the only reference to the gradient of a parameter, and drop it."""
+        gradient.clear()
+
+    def finish(self, tape: Tape) -> None:
+        """Do nothing: every gradient has been added."""
+
+
+def inside_backward(run: Run) -> InBackward | MainGradients | None:
+    """Return the hook of a run that uses gradients up inside backward."""
+    if run.optimizer.main_gradients:
+        return MainGradients()
     if not run.optimizer.in_backward:
         return None
     return FusedBackward(run) if OPTIMIZERS[run.optimizer.name].fused_backward else InBackward(run)

@@ -100,8 +100,12 @@ class Training(Struct, frozen=True):
     set_to_none: bool
 
     def apply(self, run: Run) -> Run:
-        """Set how the loop trains; master weights were decided with the precision."""
-        optimizer = replace(self.optimizer, master_weights=run.optimizer.master_weights)
+        """Set how the loop trains; master weights and gradients were decided with the precision."""
+        optimizer = replace(
+            self.optimizer,
+            master_weights=run.optimizer.master_weights,
+            main_gradients=run.optimizer.main_gradients,
+        )
         spec, note = run.spec, OPTIMIZERS[optimizer.name].note
         if note:
             spec = replace(spec, notes=(*spec.notes, note))

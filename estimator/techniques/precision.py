@@ -14,11 +14,17 @@ from estimator.techniques.stage import Stage
 
 
 class Storage(Struct, frozen=True):
-    """One word of the request's `precision`."""
+    """One word of the request's `precision`.
+
+    Args:
+        master_weights: the optimizer updates fp32 copies.
+        main_gradients: gradients are added up in fp32.
+    """
 
     storage: DType
     autocast: DType | None = None
     master_weights: bool = False
+    main_gradients: bool = False
 
 
 PRECISIONS: Final[dict[str, Storage]] = {
@@ -26,6 +32,7 @@ PRECISIONS: Final[dict[str, Storage]] = {
     "bf16": Storage(DType.BFLOAT16),
     "fp16": Storage(DType.FLOAT16),
     "master_bf16": Storage(DType.BFLOAT16, master_weights=True),
+    "megatron_bf16": Storage(DType.BFLOAT16, master_weights=True, main_gradients=True),
     "amp_bf16": Storage(DType.FLOAT32, DType.BFLOAT16),
     "amp_fp16": Storage(DType.FLOAT32, DType.FLOAT16),
 }
@@ -49,7 +56,11 @@ class Precision(Struct, frozen=True):
                 return module
             return replace(module, dtype=regime.storage)
 
-        optimizer = replace(run.optimizer, master_weights=regime.master_weights)
+        optimizer = replace(
+            run.optimizer,
+            master_weights=regime.master_weights,
+            main_gradients=regime.main_gradients,
+        )
         return replace(
             run, spec=run.spec.map_modules(store), autocast=autocast, optimizer=optimizer
         )

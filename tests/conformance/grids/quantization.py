@@ -10,6 +10,7 @@ LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.0
 CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
 INT8: Final[Document] = {**LORA, "quantization": {"name": "int8"}, "autocast": "bf16"}
 TORCHAO: Final[Document] = {**LORA, "quantization": {"name": "torchao_int8"}, "autocast": "bf16"}
+MEGATRON: Final[Document] = {"precision": "megatron_bf16", "optimizer": "adamw_torch"}
 
 
 def _qlora(**quantization: Any) -> Document:
@@ -72,13 +73,22 @@ RECIPES: Final[dict[str, Document]] = {
         **TORCHAO,
         "quantization": {"name": "torchao_int8", "skip_modules": ["lm_head", "up_proj"]},
     },
+    "megatron": MEGATRON,
+    "megatron checkpointed": {**MEGATRON, **CHECKPOINTED},
+    "megatron accumulation": {**MEGATRON, "gradient_accumulation_steps": 4},
+    "megatron autocast gpt2": {**MEGATRON, "autocast": "bf16"},
+    "megatron fused gemma": {**MEGATRON, "optimizer": "adamw_torch_fused"},
+    "megatron short": {**MEGATRON, "micro_batch_size": 1, "seq_len": 130},
+    "megatron lora": {**LORA, "precision": "megatron_bf16"},
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
     "int8 gpt2": "gpt2",
+    "megatron autocast gpt2": "gpt2",
+    "megatron fused gemma": "gemma",
     "torchao int8 opt padded": "opt",
     "int8 opt eager": "opt",
     "int8 gemma2 padded": "gemma2",
     "qlora fp16 compute gpt2": "gpt2",
 }
-FAST: Final = frozenset({"int8", "qlora fp32 compute", "torchao int8"})
+FAST: Final = frozenset({"int8", "qlora fp32 compute", "torchao int8", "megatron short"})
