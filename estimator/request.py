@@ -23,13 +23,18 @@ from estimator.errors import (
 from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.method import Method as AnyMethod
+from estimator.techniques.methods.boft import Boft
+from estimator.techniques.methods.fourierft import FourierFt
 from estimator.techniques.methods.full import Full
 from estimator.techniques.methods.houlsby_adapter import HoulsbyAdapter
 from estimator.techniques.methods.ia3 import Ia3
 from estimator.techniques.methods.llama_adapter import LlamaAdapter, LlamaAdapterV2
 from estimator.techniques.methods.ln_tuning import LnTuning
+from estimator.techniques.methods.loha import Loha
+from estimator.techniques.methods.lokr import Lokr
 from estimator.techniques.methods.lora import Lora
 from estimator.techniques.methods.loreft import LoReft
+from estimator.techniques.methods.oft import Oft
 from estimator.techniques.methods.p_tuning import PTuning
 from estimator.techniques.methods.partial import Partial
 from estimator.techniques.methods.pfeiffer_adapter import PfeifferAdapter
@@ -63,6 +68,11 @@ Method = (
     | PrefixTuning
     | Ia3
     | LnTuning
+    | Loha
+    | Lokr
+    | Oft
+    | Boft
+    | FourierFt
     | HoulsbyAdapter
     | PfeifferAdapter
     | LoReft

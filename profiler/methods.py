@@ -7,8 +7,10 @@ are that class's arguments. A method of another library gets a builder in `BUILD
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Final
+from unittest import mock
 
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.request import EstimateRequest
@@ -131,7 +133,7 @@ def _with_peft(model: Any, method: Method) -> Any:
     dtype = getattr(method, "adapter_dtype", "float32")
     try:
         config = getattr(peft, method.peft)(task_type="CAUSAL_LM", **knobs)
-        with quantized.seen_by_peft():
+        with quantized.seen_by_peft(), _without_extensions():
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "float32")
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -139,6 +141,15 @@ def _with_peft(model: Any, method: Method) -> Any:
     if dtype == "base":
         _cast_adapters(adapted)
     return adapted
+
+
+def _without_extensions() -> AbstractContextManager[Any]:
+    """Keep BOFT from compiling its CUDA extension, without which it takes one butterfly factor.
+
+    Source: peft, tuners/boft/layer.py, get_fbd_cuda and BOFTLayer.update_layer.
+    """
+    import_module("peft.tuners.boft.layer")
+    return mock.patch("peft.tuners.boft.layer.get_fbd_cuda", return_value=None)
 
 
 def _as_peft_takes_it(value: Any) -> Any:

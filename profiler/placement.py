@@ -28,7 +28,17 @@ def place(model: Any, device: str) -> None:
     # inside a fake tensor mode they are fake.
     virtual = getattr(model, "prompt_tokens", {})
     virtual.update({name: torch.arange(ids.numel()) for name, ids in virtual.items()})
+
+    def buffer(built: Any) -> Any:
+        # Some adapters make their buffers of values on the host; a fake mode needs fake ones.
+        if built.is_meta or device == "cpu":
+            return torch.zeros(built.shape, dtype=built.dtype, device=device)
+        return built.to(device)
+
     for module in model.modules():
+        if type(module).__name__ == "FourierFTLinear" and device == "cpu":
+            # Indices that PEFT keeps on the host and copies in each forward pass.
+            module.indices = {key: buffer(built) for key, built in module.indices.items()}
         packing = quantized.packing(module)
         if packing is not None:
             packing.pack(module, device)
@@ -38,9 +48,9 @@ def place(model: Any, device: str) -> None:
                     placed[id(meta)] = parameter(meta)
                 module._parameters[name] = placed[id(meta)]
         for name, meta in module._buffers.items():
-            if meta is not None and meta.is_meta:
+            if meta is not None:
                 if id(meta) not in placed:
-                    placed[id(meta)] = torch.zeros(meta.shape, dtype=meta.dtype, device=device)
+                    placed[id(meta)] = buffer(meta)
                 module._buffers[name] = placed[id(meta)]
 
 

@@ -372,7 +372,7 @@ def repeat(x: Tensor, shape: Shape, name: str = "repeat") -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Param, bias: Param | None, out_dim: Dim, *, caches: bool = True
+    x: Tensor, weight: Operand, bias: Param | None, out_dim: Dim, *, caches: bool = True
 ) -> Tensor:
     """`x W^T + b`; saves x if the weight wants a gradient, and the weight if x wants one.
 
@@ -380,7 +380,10 @@ def linear(
     """
     tape = x.tape
     half = autocast_to_half(x)
-    matrix = autocast_weight(tape, weight, caches=caches)
+    if isinstance(weight, Tensor):
+        matrix: Operand = autocast_to_half(weight)
+    else:
+        matrix = autocast_weight(tape, weight, caches=caches)
     vector = autocast_weight(tape, bias) if bias is not None else None
     out = Tensor(tape, (*x.shape[:-1], out_dim), half.dtype, None)
 

@@ -1,6 +1,6 @@
 """Which modules PEFT's methods take where the request names none: by model type.
 
-Source: peft, utils/constants.py, the TRANSFORMERS_MODELS_TO_*_TARGET_MODULES_MAPPING tables.
+Source: peft, utils/constants.py, TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING and its like.
 """
 
 from __future__ import annotations

@@ -29,6 +29,10 @@ FROZEN_FLAGS = """
 --method-encoder-reparameterization-type --method-encoder-hidden-size --method-prefix-projection
 --method-feedforward-modules --method-reduction-factor --method-non-linearity --method-layers
 --method-positions --method-share-weights --method-dropout --quantization-skip-modules
+--method-feedforward-modules
+--method-alpha --method-decompose-both --method-decompose-factor --method-oft-block-size
+--method-num-cayley-neumann-terms --method-boft-block-size --method-n-frequency --method-scaling
+--method-reduction-factor --method-non-linearity --quantization-skip-modules
 --quantization-quant-storage --quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1

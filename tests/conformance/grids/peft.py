@@ -19,6 +19,12 @@ PROJECTED: Final[Document] = {
 
 IA3: Final[Document] = {"method": "ia3"}
 LN: Final[Document] = {"method": "ln_tuning"}
+LOHA: Final[Document] = {"method": "loha"}
+LOKR: Final[Document] = {"method": "lokr"}
+OFT: Final[Document] = {"method": "oft"}
+BOFT: Final[Document] = {"method": "boft"}
+FOURIER: Final[Document] = {"method": "fourierft"}
+SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 130}
 
 RECIPES: Final[dict[str, Document]] = {
     "prompt tuning": PROMPT,
@@ -61,6 +67,31 @@ RECIPES: Final[dict[str, Document]] = {
     "ln tuning nf4 checkpointed": {**LN, **NF4, **CHECKPOINTED},
     "ln tuning padded": {**LN, **PADDED},
     "ln tuning of gemma3": {**LN, **CHECKPOINTED},
+    "loha": LOHA,
+    "loha short checkpointed": {**LOHA, **CHECKPOINTED, **SHORT},
+    "loha amp": {**LOHA, "precision": "amp_bf16"},
+    "loha on every linear layer": {
+        "method": {"name": "loha", "target_modules": "all-linear"}, "precision": "fp32",
+    },
+    "lokr": LOKR,
+    "lokr short checkpointed": {**LOKR, **CHECKPOINTED, **SHORT},
+    "lokr amp, both decomposed": {
+        "method": {"name": "lokr", "r": 4, "decompose_both": True}, "precision": "amp_bf16",
+    },
+    "lokr padded": {**LOKR, **PADDED, "optimizer": "sgd"},
+    "oft": OFT,
+    "oft checkpointed": {**OFT, **CHECKPOINTED},
+    "oft amp": {**OFT, "precision": "amp_bf16"},
+    "oft nf4": {**OFT, **NF4},
+    "oft of opt": {**OFT, **PADDED},
+    "boft": BOFT,
+    "boft short checkpointed": {**BOFT, **CHECKPOINTED, **SHORT},
+    "boft amp": {**BOFT, "precision": "amp_bf16"},
+    "boft nf4": {**BOFT, **NF4},
+    "fourierft": FOURIER,
+    "fourierft short checkpointed": {**FOURIER, **CHECKPOINTED, **SHORT},
+    "fourierft amp": {**FOURIER, "precision": "amp_bf16"},
+    "fourierft nf4": {**FOURIER, **NF4},
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
@@ -75,8 +106,24 @@ MODELS: Final[dict[str, str]] = {
     "ia3 of bloom": "bloom",
     "ln tuning amp": "gpt2",
     "ln tuning of gemma3": "gemma3",
+    "loha amp": "opt",
+    "lokr amp, both decomposed": "qwen2",
+    "oft of opt": "opt",
+    "boft amp": "qwen2",
+    "fourierft amp": "gpt2",
 }
 
 FAST: Final = frozenset(
-    {"prompt tuning", "p-tuning amp checkpointed", "prefix tuning", "ia3", "ln tuning"}
+    {
+        "prompt tuning",
+        "p-tuning amp checkpointed",
+        "prefix tuning",
+        "ia3",
+        "ln tuning",
+        "loha",
+        "lokr",
+        "oft",
+        "boft",
+        "fourierft",
+    }
 )
