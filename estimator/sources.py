@@ -198,6 +198,12 @@ SOURCES: Final[dict[str, Source]] = {
         "usamec/lowmem_finetuning, full fine-tuning of Llama in bf16 with Adafactor",
         "https://github.com/usamec/lowmem_finetuning/blob/6d8dc10f15d72218ddf4f2dd8f77e87f7edf0f0a",
     ),
+    "fms-foak": Source(
+        "code",
+        "fms-acceleration's fused operators and kernels",
+        "https://github.com/foundation-model-stack/fms-acceleration/tree/876e2ed/plugins/"
+        "fused-ops-and-kernels/src/fms_acceleration_foak",
+    ),
     "litgpt": Source(
         "code",
         "Lit-GPT of October 2023, its model and its fine-tuning scripts",

@@ -89,7 +89,6 @@ def _weights(row: Row) -> str | None:
 
 # The beginning of a row's `loss_impl`, and what it is called here.
 OTHER_LOSSES: Final = {
-    "fused triton CE": "framework kernels: FOAK",
     "liger": "loss: fused linear (Liger)",
     "chunked (CEW": "loss: chunked",
 }
@@ -170,6 +169,10 @@ def _fms(row: Row) -> dict[str, Any]:
     (framework_plugin_bnb.py, BNBAccelerationPlugin.model_loader).
     """
     document = {**_common(row), "software": {"version": "4"}}
+    if (row.loss_impl or "").startswith("fused triton CE"):
+        if row.method == "qlora":
+            raise InexpressibleError("framework kernels: FOAK's fused adapters over 4 bits")
+        document["kernels"] = ["foak"]
     detail = row.method_detail
     if row.method in ("lora", "qlora"):
         document["method"] = {

@@ -161,6 +161,7 @@ def recipe(request: EstimateRequest) -> str:
         f"{name}{prepared}, {precision}, {optimizer}, "
         f"{request.micro_batch_size} x {request.seq_len}, "
         f"checkpointing {request.activation_checkpointing}, {request.attention}, "
+        f"{''.join(f'{each} kernels, ' for each in request.kernels)}"
         f"{request.software.framework} {request.software.version}"
     )
 

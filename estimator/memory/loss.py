@@ -7,6 +7,7 @@ from typing import Final
 from msgspec import Struct
 
 from estimator.eager import ops
+from estimator.eager.foak import FastLoss
 from estimator.eager.size import BATCH, SEQ, Dim
 from estimator.eager.tensor import Tensor, view
 from estimator.memory.chunked_loss import ChunkedHead
@@ -57,11 +58,12 @@ class Loss(Struct, frozen=True):
 # shifts the labels. transformers 4.46.3 and 4.48.1: the same function copies
 # `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
 # LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
-LOSSES: Final[dict[str, Loss | ChunkedLoss | FusedLoss]] = {
+LOSSES: Final[dict[str, Loss | ChunkedLoss | FastLoss | FusedLoss]] = {
     "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
     "transformers-4": Loss(upcasts_outputs=False, shifts_logits=True),
     "transformers-4.45": Loss(upcasts_outputs=True, shifts_logits=True),
     "litgpt": ChunkedLoss(),
+    "foak": FastLoss(),
     "fused_linear": FusedLinear(),
     "cut_cross_entropy": CutCrossEntropy(),
     "chunked": ChunkedHead(),

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from msgspec import Struct
 
 from estimator.dtypes import DType
-from estimator.eager import attention, liger, ops
+from estimator.eager import attention, foak, liger, ops
 from estimator.eager.attention import MASK, PREFIXED_MASK, Heads
 from estimator.eager.checkpoint import Checkpointing, checkpoint
 from estimator.eager.ops import F32
@@ -36,6 +36,7 @@ class Settings(Struct, frozen=True):
         packing: the sequences are one row, and `position_ids` say where each begins.
         keeps_cache: keys and values stay alive until the outputs do (use_cache).
         liger: Liger's kernels run norms, rotary positions and gated MLPs.
+        foak: fms-acceleration's run norms and rotary positions.
     """
 
     attention: str = "sdpa"
@@ -44,6 +45,7 @@ class Settings(Struct, frozen=True):
     packing: bool = False
     keeps_cache: bool = False
     liger: bool = False
+    foak: bool = False
 
     @property
     def is_flash(self) -> bool:
@@ -159,6 +161,8 @@ class Forward:
         with self.tape.module(name):
             if self.settings.liger:
                 return liger.rms_norm(x, self.norm_weight(name), in_place=True)
+            if self.settings.foak:
+                return foak.rms_norm(x, self.norm_weight(name))
             hidden = ops.cast(x, F32)
             variance = ops.mean_last(ops.power(hidden))
             hidden = ops.mul(hidden, ops.rsqrt(ops.shift(variance)), "normalized")
@@ -259,7 +263,7 @@ class Forward:
         """
         cos, sin = self.rotary[name]
         with self.tape.module(name):
-            if self.settings.liger:
+            if self.settings.liger or self.settings.foak:
                 return liger.rope(q, k, cos, sin)
             rotated_q = rotated(q, cos, sin)
             rotated_k = rotated(k, cos, sin)
