@@ -330,6 +330,9 @@ SOURCES: Final[dict[str, Source]] = {
         "Prefix-tuning: optimizing continuous prompts for generation",
         "https://arxiv.org/abs/2101.00190",
     ),
+    "kopiczko2023": Source(
+        "paper", "VeRA: vector-based random matrix adaptation", "https://arxiv.org/abs/2310.11454"
+    ),
     "liu2024dora": Source(
         "paper", "DoRA: weight-decomposed low-rank adaptation", "https://arxiv.org/abs/2402.09353"
     ),

@@ -140,6 +140,10 @@ def _with_peft(model: Any, method: Method) -> Any:
         raise InvalidRequestError(f"PEFT refuses this recipe: {reason}") from error
     if dtype == "base":
         _cast_adapters(adapted)
+    # Matrices that PEFT draws from a seed, such as VeRA's, are buffers that it puts on the CPU.
+    for module in adapted.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to("meta")
     return adapted
 
 

@@ -28,7 +28,8 @@ FROZEN_FLAGS = """
 --method-adapter-start-layer --method-num-virtual-tokens --method-prompt-tuning-init
 --method-encoder-reparameterization-type --method-encoder-hidden-size --method-prefix-projection
 --method-feedforward-modules --method-reduction-factor --method-non-linearity --method-layers
---method-positions --method-share-weights --method-dropout --quantization-skip-modules
+--method-positions --method-share-weights --method-dropout --method-vera-dropout
+--method-save-projection --quantization-skip-modules
 --method-alpha --method-decompose-both --method-decompose-factor --method-oft-block-size
 --method-num-cayley-neumann-terms --method-boft-block-size --method-n-frequency --method-scaling
 --quantization-quant-storage --quantization-threshold

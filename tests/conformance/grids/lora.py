@@ -81,6 +81,14 @@ RECIPES: Final[dict[str, Document]] = {
         **_lora(use_dora=True, lora_dropout=0.05), **NF4, **CHECKPOINTED,
     },
     "qdora without autocast": {**_lora(use_dora=True), "quantization": {"name": "nf4"}},
+    # VeRA
+    "vera": {"method": "vera"},
+    "vera dropout checkpointed": {
+        "method": {"name": "vera", "r": 64, "vera_dropout": 0.1}, **CHECKPOINTED,
+    },
+    "vera amp": {"method": {"name": "vera", "vera_dropout": 0.1}, "precision": "amp_bf16"},
+    "vera over nf4, checkpointed": {"method": "vera", **NF4, **CHECKPOINTED},
+    "vera conv1d": {"method": "vera"},
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
@@ -93,6 +101,7 @@ MODELS: Final[dict[str, str]] = {
     "lora, biases of its layers": "qwen2",
     "dora conv1d": "gpt2",
     "dora biases": "qwen2",
+    "vera conv1d": "gpt2",
 }
 
 FAST: Final = frozenset(
