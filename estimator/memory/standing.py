@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from estimator.dtypes import DType
 from estimator.memory.ledger import Entry, Ledger, constant_row, tensor_row
@@ -144,6 +145,9 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
         return ()
     gradients = _step_gradients(run)
     sizes = step_temporaries(run)
+    copying = _last_copy(run)
+    if _bytes(copying) > _bytes(gradients) + sum(sizes):
+        return copying
     if not sizes:
         return tuple(gradients)
     name = f"{run.optimizer.name} {run.optimizer.implementation}, temporaries of the step"
@@ -162,16 +166,43 @@ def _step_gradients(run: Run) -> list[Entry]:
         return []
     if not run.optimizer.master_weights:
         return [] if run.accumulates else _gradients(run)
-    return [
-        Entry(
-            constant_row(
-                f"{each.name}, fp32 gradient", "gradients", "optimizer", each.bytes,
-                f"{each.elements} parameters x 4 B", _MAIN_GRADS,
-            ),
-            each.count,
-        )
-        for each in trained_tensors(run)
-    ]  # fmt: skip
+    return [_main_gradient(each, each.count, half=False) for each in trained_tensors(run)]
+
+
+def _main_gradient(each: Trained, count: int, *, half: bool) -> Entry:
+    """Return the gradients of some alike tensors, in fp32 or not copied yet."""
+    width, name = (2, "gradient not copied yet") if half else (4, "fp32 gradient")
+    return Entry(
+        constant_row(
+            f"{each.name}, {name}", "gradients", "optimizer", each.elements * width,
+            f"{each.elements} parameters x {width} B", _MAIN_GRADS,
+        ),
+        count,
+    )  # fmt: skip
+
+
+def _last_copy(run: Run) -> tuple[Entry, ...]:
+    """Return the gradients when that of the last matrix is copied to fp32: it is there twice.
+
+    Nothing is copied with main gradients of Megatron's kind, or where a weight is fp32 itself; the
+    gradients of several micro-batches stand among the entries that are always there.
+    Matrices come first, as in the Trainer's groups, so that vectors have not been copied yet.
+
+    Source: megatron-optimizer, _copy_model_grads_to_main_grads.
+    """
+    copies = run.optimizer.master_weights and not run.optimizer.main_gradients
+    trainable = [weight for _, weight, _ in run.spec.tensors() if weight.trainable]
+    if not copies or run.accumulates or not all(each.dtype.is_half for each in trainable):
+        return ()
+    tensors = trained_tensors(run)
+    entries = [_main_gradient(each, each.count, half=not each.rows) for each in tensors]
+    matrices = [each for each in tensors if each.rows]
+    entries += [_main_gradient(each, 1, half=True) for each in matrices[-1:]]
+    return tuple(entries)
+
+
+def _bytes(entries: Iterable[Entry]) -> int:
+    return sum(each.row.size[0] * each.count for each in entries)
 
 
 def step_temporaries(run: Run) -> tuple[int, ...]:

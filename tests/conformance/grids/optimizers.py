@@ -148,6 +148,13 @@ RECIPES: Final[dict[str, Document]] = {
     "torch adafactor": _asked("torch_adafactor", SHORT),
     "torch adafactor foreach": _asked("torch_adafactor", SHORT, implementation="foreach"),
     "torch adafactor fp32, gpt2": _asked("torch_adafactor", SHORT, {"precision": "fp32"}),
+    # -- fp32 master copies: without temporaries, the peak is when the last gradient is copied -----
+    "adamw fused master_bf16": _asked("adamw", SHORT, {"precision": "master_bf16"}),
+    "adamw fused master_bf16 checkpointed, tied": _asked(
+        "adamw", SHORT, CHECKPOINTED, {"precision": "master_bf16"}
+    ),
+    "sgd master_bf16, gpt2": _asked("sgd", SHORT, {"precision": "master_bf16"}),
+    "bitsandbytes lion_8bit master_bf16": _asked("lion_8bit", SHORT, {"precision": "master_bf16"}),
     # -- bitsandbytes --------------------------------------------------------------------------
     **{
         f"bitsandbytes {name}{suffix}": _asked(name, SHORT, *others)
@@ -172,6 +179,8 @@ MODELS: Final[dict[str, str]] = {
     "torch adafactor in backward amp": "qwen2",
     "torchao 8-bit fp32, gpt2": "gpt2",
     "torchao 4-bit, tied": "llama-tied",
+    "adamw fused master_bf16 checkpointed, tied": "llama-tied",
+    "sgd master_bf16, gpt2": "gpt2",
     "lion fp32, gpt2": "gpt2",
     "schedule-free adamw amp, tied": "llama-tied",
     "schedule-free sgd fp32, gpt2": "gpt2",

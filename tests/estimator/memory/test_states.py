@@ -125,15 +125,28 @@ def test_master_weights_keep_states_and_a_copy_in_fp32() -> None:
     """Megatron counts 18 bytes: 2 + 4 for the weights, 4 for the gradient in fp32, 8 for Adam.
 
     The half precision gradients are gone when the step begins; Megatron's main gradients are the
-    fp32 ones, so of its 18 bytes all are seen here.
+    fp32 ones, so of its 18 bytes all are seen here. With foreach the peak is the update itself;
+    otherwise it is before, when the last gradient is there in both types.
     """
-    result = _answer(SEVEN_BILLION, precision="master_bf16")
+    optimizer = {"name": "adamw", "implementation": "foreach"}
+    result = _answer(SEVEN_BILLION, precision="master_bf16", optimizer=optimizer)
     masters = sum(
         row.bytes
         for row in _rows(result, "optimizer_states")
         if row.name.endswith("fp32 master copy")
     )
     assert _trained(result) + masters == 18 * 7 * GB
+
+
+def test_without_temporaries_master_weights_peak_when_the_last_gradient_is_there_twice() -> None:
+    """The head's gradient in bf16 beside its copy: 45672 x 4000 x 2 bytes."""
+    result = _answer(SEVEN_BILLION, precision="master_bf16")
+    (twice,) = (
+        row
+        for row in _rows(result, "gradients")
+        if row.name == "lm_head.weight, gradient not copied yet"
+    )
+    assert twice.bytes == 365_376_000
 
 
 # -- 8 and 4 bits ------------------------------------------------------------------------------
