@@ -31,15 +31,17 @@ class View(Struct, frozen=True):
     Args:
         at: powers of the micro-batch and length.
         numbers: the micro-batch, the length and the second length themselves.
+        handles: threads that multiply, each with a cuBLAS workspace of its own.
     """
 
     at: Polynomial
     numbers: tuple[int, int, int]
     constants: DeviceConstants
+    handles: int = HANDLES
 
     def allocated(self, highest: Highest) -> int:
         """Bytes of the blocks that are handed out at a moment, library workspaces included."""
-        fixed = HANDLES * self.constants.cublas_workspace
+        fixed = self.handles * self.constants.cublas_workspace
         return highest.moment.bytes_at(self.at) + highest.rounding + fixed
 
     def runner_up(self, moments: tuple[Highest, ...], peak: Highest) -> RunnerUp | None:
@@ -100,7 +102,7 @@ class View(Struct, frozen=True):
                 constant_row(
                     "cuBLAS workspace", "workspace", "process", workspace, f"{workspace} B", source
                 ),
-                HANDLES,
+                self.handles,
             ),
             Entry(
                 constant_row(

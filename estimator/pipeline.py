@@ -71,6 +71,8 @@ class Engine:
     def __init__(self, run: Run, traces: Traces) -> None:
         self.run = run
         self.managed = managed_bytes(run)
+        # Backward multiplies in a thread of its own.
+        self.handles = 1 if run.forward_only else HANDLES
         self.windows = tuple(
             kind.sliding_window for kind in run.spec.kinds if kind.sliding_window is not None
         )
@@ -130,7 +132,7 @@ class Engine:
         """Return the peak at one micro-batch and length on one kind of device."""
         at = powers(*self.numbers(micro_batch_size, seq_len))
         top = self.step(micro_batch_size, seq_len).top(at)
-        return Reading(top, rounded_bytes(top, at) + HANDLES * constants.cublas_workspace)
+        return Reading(top, rounded_bytes(top, at) + self.handles * constants.cublas_workspace)
 
     def verdict(self, micro_batch_size: int, seq_len: int, device: Device) -> Verdict:
         """Return whether one micro-batch and length fits on a device."""
@@ -261,7 +263,7 @@ def answer(
         Highest(moment, replayed.rounding.get(moment.name, 0))
         for moment in engine.step(b, s).highest(at)
     )
-    view = View(at, numbers, device.constants)
+    view = View(at, numbers, device.constants, engine.handles)
     peak = max(highest, key=view.allocated)
     allocated = allocated_range(view.allocated(peak))
     reserved = reserved_range(max(replayed.reserved, allocated.expected))

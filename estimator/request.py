@@ -34,6 +34,7 @@ from estimator.techniques.methods.loha import Loha
 from estimator.techniques.methods.lokr import Lokr
 from estimator.techniques.methods.lora import Lora
 from estimator.techniques.methods.loreft import LoReft
+from estimator.techniques.methods.mezo import Mezo
 from estimator.techniques.methods.oft import Oft
 from estimator.techniques.methods.p_tuning import PTuning
 from estimator.techniques.methods.partial import Partial
@@ -78,6 +79,7 @@ Method = (
     | PfeifferAdapter
     | LoReft
     | Vera
+    | Mezo
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
@@ -225,7 +227,6 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
     "choice of its layers does",
     "badam": "method 'partial' with last_layers 1 holds what one of its blocks does, but for the "
     "fp32 copy of the block",
-    "mezo": "method 'loreft' and precision 'bf16' are the smallest that train here",
 }
 
 # Other spellings of `activation_checkpointing`; a boolean means full or none.

@@ -184,11 +184,32 @@ def _refuse_contradictions(request: EstimateRequest, optimizer: OptimizerChoice)
         raise InvalidRequestError(
             "an optimizer in backward drops each gradient itself; leave out loop.set_to_none=false"
         )
+    if request.method.without_backward:
+        _refuse_without_backward(request)
     if optimizer.in_backward and request.gradient_accumulation_steps > 1:
         raise InvalidRequestError(
             "an optimizer in backward drops each gradient as soon as it has been used, and leaves "
             "nothing to accumulate into; set gradient_accumulation_steps to 1"
         )
+
+
+def _refuse_without_backward(request: EstimateRequest) -> None:
+    """Refuse what presumes gradients: MeZO asserts a single micro-batch, and the rest is moot."""
+    moot = {
+        "gradient_accumulation_steps above 1": request.gradient_accumulation_steps > 1,
+        "activation_checkpointing": request.activation_checkpointing != "none",
+        "optimizer.in_backward": request.optimizer.in_backward,
+        f"precision {request.precision!r}": (
+            request.precision not in ("fp32", "bf16", "fp16", "amp_bf16", "amp_fp16")
+        ),
+        "loop.keep_outputs": request.loop.keep_outputs,
+    }
+    for what, asked in moot.items():
+        if asked:
+            raise UnsupportedCombinationError(
+                f"method {request.method.name!r} has no backward pass, and {what} no source with "
+                "it; leave it at its default"
+            )
 
 
 def check_length(run: Run, seq_len: int) -> None:

@@ -404,6 +404,16 @@ SOURCES: Final[dict[str, Source]] = {
         "Megatron-LM at commit 001199898c4b, gradient buffers and their hooks",
         "https://github.com/NVIDIA/Megatron-LM/blob/001199898c4badd01eaf0785c212d8ed7ce83042/megatron",
     ),
+    "malladi2023": Source(
+        "paper",
+        "Fine-tuning language models with just forward passes",
+        "https://arxiv.org/abs/2305.17333",
+    ),
+    "mezo": Source(
+        "code",
+        "MeZO at commit 6acfd0ba922b, Trainer of large models",
+        "https://github.com/princeton-nlp/MeZO/blob/6acfd0ba922b",
+    ),
     "megatron-optimizer": Source(
         "code",
         "Megatron-LM, Float16OptimizerWithFloat16Params",

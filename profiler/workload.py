@@ -84,6 +84,8 @@ class Workload:
         Args:
             phase: called with the name of each phase when it begins.
         """
+        from profiler import mezo
+
         phase(trace.BATCH)
         # `Trainer.get_batch_samples` holds every batch of the step on the device until its end.
         batches = [
@@ -94,6 +96,9 @@ class Workload:
             kernels.running(self.request, self.compute_capability, self.multiprocessors),
             losses.of(self.request).running(self.model, phase, self.compute_capability),
         ):
+            if self.request.method.without_backward:
+                mezo.step(self.model, batches[0], phase)
+                return
             for inputs in batches[:_MICRO_STEPS]:
                 self._micro_step(inputs, phase)
         phase(trace.OPTIMIZER_STEP)

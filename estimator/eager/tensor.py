@@ -259,6 +259,8 @@ class Tape:
         self.grads: dict[Param, Tensor] = {}
         self.batch: list[Tensor] = []
         self.grads_exist = False
+        # False while the model only evaluates: no graph is built, and dropout is off.
+        self.trains = True
         # What the optimizer does to a parameter as soon as its gradient is there, if it does.
         self.update: Update | None = None
         self.left_behind: Live | None = None
@@ -431,6 +433,8 @@ class Tape:
                 input wants none; `grads` holds one gradient (or None) for each output. It must not
                 close over a tensor: the graph would keep that tensor alive.
         """
+        if not self.trains:
+            return
         # Lists first: this runs for every operator, and a generator costs more than its items.
         edges = tuple([_edge(each) for each in inputs])
         if not self.recording or not any(edges):

@@ -18,11 +18,10 @@ from estimator.memory.caching_allocator import (
     CachingAllocator,
     OutOfMemory,
 )
-from estimator.memory.standing import step_temporaries, trained_tensors
+from estimator.memory.standing import kept_states, step_temporaries, trained_tensors
 from estimator.memory.trace import Recording, record
 from estimator.model.spec import held
 from estimator.run import Run
-from estimator.techniques.optimizers import states
 
 
 class Blocks(Struct, frozen=True):
@@ -86,7 +85,7 @@ def _loaded(run: Run) -> Iterator[int]:
 
 def _states(run: Run) -> Iterator[int]:
     """Yield the sizes of the optimizer's states, tensor by tensor, managed memory left out."""
-    kept = states(run.optimizer)
+    kept = kept_states(run)
     for each in trained_tensors(run):
         for _ in range(each.count):
             yield from (state.bytes(each) for state in kept if not state.managed(each))

@@ -11,6 +11,7 @@ from estimator.model.spec import Module
 from estimator.run import Run
 from estimator.sources import Cite
 from estimator.techniques.optimizers import OPTIMIZERS, Trained, states, temporaries, trained
+from estimator.techniques.optimizers.row import State
 
 _MASTER = Cite("micikevicius2018", "section 3.1, fp32 master copy of weights")
 _MAIN_GRADS = Cite("megatron-optimizer", "_copy_model_grads_to_main_grads")
@@ -74,6 +75,11 @@ def _buffers(run: Run) -> list[Entry]:
     ]
 
 
+def kept_states(run: Run) -> tuple[State, ...]:
+    """Return the states of the run's optimizer; without a backward pass it never steps."""
+    return () if run.forward_only else states(run.optimizer)
+
+
 def _states(run: Run) -> list[Entry]:
     """Return one entry for each state of each trained tensor, managed memory left out."""
     return [
@@ -85,7 +91,7 @@ def _states(run: Run) -> list[Entry]:
             each.count,
         )
         for each in trained_tensors(run)
-        for state in states(run.optimizer)
+        for state in kept_states(run)
         if not state.managed(each) and state.bytes(each)
     ]  # fmt: skip
 
@@ -95,7 +101,7 @@ def managed_bytes(run: Run) -> int:
     return sum(
         state.bytes(each) * each.count
         for each in trained_tensors(run)
-        for state in states(run.optimizer)
+        for state in kept_states(run)
         if state.managed(each)
     )
 
@@ -143,6 +149,8 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
     """
     if run.optimizer.in_backward:
         return ()
+    if run.forward_only:
+        return _perturbation(run)
     gradients = _step_gradients(run)
     sizes = step_temporaries(run)
     copying = _last_copy(run)
@@ -205,8 +213,31 @@ def _bytes(entries: Iterable[Entry]) -> int:
     return sum(each.row.size[0] * each.count for each in entries)
 
 
+def _perturbation(run: Run) -> tuple[Entry, ...]:
+    """Return what MeZO's update holds beside the largest tensor: four more of its size.
+
+    The noise, its product with the projected gradient, the decayed weight, and their sum. Biases
+    and layer norms are not decayed.
+
+    Source: mezo, large_models/trainer.py, zo_update.
+    """
+    decayed = [
+        each
+        for each in trained_tensors(run)
+        if not any(part in each.name for part in ("bias", "layer_norm", "layernorm"))
+    ]
+    largest = max((each.bytes for each in decayed), default=0)
+    row = constant_row(
+        "MeZO, temporaries of the update", "optimizer_states", "optimizer", largest,
+        f"{largest} B", Cite("mezo", "large_models/trainer.py, zo_update"),
+    )  # fmt: skip
+    return (Entry(row, 4),)
+
+
 def step_temporaries(run: Run) -> tuple[int, ...]:
     """Return the sizes of what the optimizer's step allocates at its worst moment [bytes]."""
     if run.optimizer.in_backward:
         return ()
+    if run.forward_only:
+        return tuple(each.row.size[0] for each in _perturbation(run) for _ in range(each.count))
     return temporaries(run.optimizer, trained_tensors(run))

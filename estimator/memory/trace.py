@@ -155,6 +155,7 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
         What is alive when the model's forward pass has ended, and when backward begins.
     """
     tape.grads_exist = run.accumulates
+    tape.trains = not run.forward_only
     tape.update = inside_backward(run)
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
@@ -176,7 +177,8 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
         forward.cache.clear()
     backward_saved = dict(tape.live)
     tape.phase = "backward"
-    backward(loss)
+    if tape.trains:
+        backward(loss)
     if tape.update is not None:
         tape.update.finish(tape)
     outputs.held.clear()

@@ -25,6 +25,7 @@ class Method(Kind, frozen=True):
         trains_base: weights of the model itself are trained, so they cannot be quantized.
         quantizations: names of the formats of the base weights that it goes with; None for all.
         peft: name of PEFT's configuration class, if PEFT runs the method.
+        without_backward: its step evaluates the loss only.
         source: the paper or the upstream line.
     """
 
@@ -32,6 +33,7 @@ class Method(Kind, frozen=True):
     trains_base: ClassVar[bool] = False
     quantizations: ClassVar[frozenset[str] | None] = None
     peft: ClassVar[str | None] = None
+    without_backward: ClassVar[bool] = False
     source: ClassVar[Cite]
 
     @property

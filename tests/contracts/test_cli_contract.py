@@ -27,12 +27,12 @@ FROZEN_FLAGS = """
 --method-norms --method-biases --method-embeddings --method-adapter-prompt-length
 --method-adapter-start-layer --method-num-virtual-tokens --method-prompt-tuning-init
 --method-encoder-reparameterization-type --method-encoder-hidden-size --method-prefix-projection
---method-feedforward-modules --method-reduction-factor --method-non-linearity --method-layers
---method-positions --method-share-weights --method-dropout --method-vera-dropout
---method-save-projection --quantization-skip-modules
---method-alpha --method-decompose-both --method-decompose-factor --method-oft-block-size
---method-num-cayley-neumann-terms --method-boft-block-size --method-n-frequency --method-scaling
---quantization-quant-storage --quantization-threshold
+--method-feedforward-modules --method-alpha --method-decompose-both --method-decompose-factor
+--method-oft-block-size --method-num-cayley-neumann-terms --method-boft-block-size
+--method-n-frequency --method-scaling --method-reduction-factor --method-non-linearity
+--method-layers --method-positions --method-share-weights --method-dropout --method-vera-dropout
+--method-save-projection --quantization-skip-modules --quantization-quant-storage
+--quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --optimizer-rank

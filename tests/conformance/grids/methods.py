@@ -20,6 +20,7 @@ _QUERIES: Final = _partial(modules=["q_proj"])
 _HOULSBY: Final = {"method": "houlsby_adapter"}
 _HOULSBY32: Final = {"method": {"name": "houlsby_adapter", "adapter_dtype": "float32"}}
 _REFT: Final = {"method": {"name": "loreft", "r": 4, "positions": "f5+l5"}}
+_MEZO: Final = {"method": "mezo"}
 _PFEIFFER: Final = {"method": {"name": "pfeiffer_adapter", "reduction_factor": 9.0}}
 
 RECIPES: Final[dict[str, dict[str, Any]]] = {
@@ -100,6 +101,14 @@ RECIPES: Final[dict[str, dict[str, Any]]] = {
     "loreft, gemma": _REFT,
     "loreft, gpt2": {"method": {"name": "loreft", "dropout": 0.05}},
     "loreft nf4": {**_REFT, "quantization": "nf4", "autocast": "bf16", **CHECKPOINTED},
+    "mezo": _MEZO,
+    "mezo fp32": {**_MEZO, "precision": "fp32"},
+    "mezo amp": {**_MEZO, "precision": "amp_bf16"},
+    "mezo eager": {**_MEZO, "attention": "eager"},
+    "mezo padded": {**_MEZO, "padding": True},
+    "mezo, gpt2": _MEZO,
+    "mezo, gemma2": _MEZO,
+    "mezo, short": {**_MEZO, "micro_batch_size": 1, "seq_len": 130},
     "pfeiffer nf4": {
         **_PFEIFFER, "quantization": {"name": "nf4", "prepare_kbit": False},
     },
@@ -121,6 +130,8 @@ MODELS: Final[dict[str, str]] = {
     "embeddings only, gpt2": "gpt2",
     "mlp only, qwen3": "qwen3",
     "loreft, gemma": "gemma",
+    "mezo, gpt2": "gpt2",
+    "mezo, gemma2": "gemma2",
     "loreft, gpt2": "gpt2",
     "houlsby, gpt2": "gpt2",
     "houlsby, gpt2 amp": "gpt2",
@@ -130,4 +141,4 @@ MODELS: Final[dict[str, str]] = {
     "pfeiffer, mistral": "mistral-window",
 }
 
-FAST: Final = frozenset({"last layers", "bitfit", "houlsby", "pfeiffer, gpt2", "loreft"})
+FAST: Final = frozenset({"last layers", "bitfit", "houlsby", "pfeiffer, gpt2", "loreft", "mezo"})
