@@ -140,6 +140,8 @@ def _with_peft(model: Any, method: Method) -> Any:
         raise InvalidRequestError(f"PEFT refuses this recipe: {reason}") from error
     if dtype == "base":
         _cast_adapters(adapted)
+    elif dtype == "bfloat16":
+        _cast_trained(adapted)
     # Matrices that PEFT draws from a seed, such as VeRA's, are buffers that it puts on the CPU.
     for module in adapted.modules():
         for name, buffer in module._buffers.items():
@@ -159,6 +161,18 @@ def _without_extensions() -> AbstractContextManager[Any]:
 def _as_peft_takes_it(value: Any) -> Any:
     """Return a knob as PEFT wants it: lists for tuples, None for an empty list."""
     return (list(value) or None) if isinstance(value, tuple) else value
+
+
+def _cast_trained(model: Any) -> None:
+    """Cast what is trained to bf16, as TRL does where the base is packed.
+
+    Source: trl/trainer/sft_trainer.py, SFTTrainer.__init__.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _cast_adapters(model: Any) -> None:

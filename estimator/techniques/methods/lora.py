@@ -30,6 +30,10 @@ _RSLORA = Cite("kalajdzievski2023", "equation 7")
 _LORAPLUS = Cite("hayou2024", "algorithm 1")
 
 
+# `bfloat16` is what TRL casts adapters of packed models to (trl, trainer/sft_trainer.py).
+_STORED: Final = {"float32": DType.FLOAT32, "bfloat16": DType.BFLOAT16, "base": None}
+
+
 class Lora(Method, frozen=True, tag="lora"):
     """Train low-rank adapters beside frozen linear layers (PEFT's LoraConfig)."""
 
@@ -75,7 +79,7 @@ class Lora(Method, frozen=True, tag="lora"):
         Annotated[float, Meta(gt=0, le=1e6)] | None,
         Meta(description="LoRA+: learning rate of B over that of A."),
     ] = None
-    adapter_dtype: Literal["float32", "base"] = "float32"
+    adapter_dtype: Literal["float32", "bfloat16", "base"] = "float32"
 
     @property
     def singles_out_layers(self) -> bool:
@@ -98,7 +102,7 @@ class Lora(Method, frozen=True, tag="lora"):
     def apply(self, run: Run) -> Run:
         """Return the run with every weight frozen and an adapter on each target."""
         self._refuse_contradictions()
-        stored = DType.FLOAT32 if self.adapter_dtype == "float32" else None
+        stored = _STORED[self.adapter_dtype]
         targets = self._targets()
 
         kind = DoraAdapter if self.use_dora else LoraAdapter
@@ -125,6 +129,13 @@ class Lora(Method, frozen=True, tag="lora"):
             )
         if self.layers_pattern and not by_number:
             raise InvalidRequestError("layers_pattern needs layers_to_transform beside it")
+        if self.adapter_dtype == "bfloat16" and (
+            self.use_dora or self.modules_to_save or self.bias != "none"
+        ):
+            raise UnsupportedCombinationError(
+                "adapter_dtype 'bfloat16' with use_dora, modules_to_save or bias has no sourced "
+                "answer here yet; use float32"
+            )
         if self.lora_bias and self.use_dora:
             raise InvalidRequestError("lora_bias does not go with use_dora; leave one of them out")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):

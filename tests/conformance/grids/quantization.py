@@ -10,6 +10,9 @@ LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.0
 CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
 INT8: Final[Document] = {**LORA, "quantization": {"name": "int8"}, "autocast": "bf16"}
 TORCHAO: Final[Document] = {**LORA, "quantization": {"name": "torchao_int8"}, "autocast": "bf16"}
+BF16_ADAPTERS: Final[Document] = {
+    "method": {"name": "lora", "r": 12, "lora_dropout": 0.05, "adapter_dtype": "bfloat16"},
+}
 MEGATRON: Final[Document] = {"precision": "megatron_bf16", "optimizer": "adamw_torch"}
 
 
@@ -73,6 +76,12 @@ RECIPES: Final[dict[str, Document]] = {
         **TORCHAO,
         "quantization": {"name": "torchao_int8", "skip_modules": ["lm_head", "up_proj"]},
     },
+    "qlora bf16 adapters": {**_qlora(), **BF16_ADAPTERS},
+    "qlora bf16 adapters checkpointed": {**_qlora(), **CHECKPOINTED, **BF16_ADAPTERS},
+    "qlora bf16 adapters unprepared": {
+        **_qlora(prepare_kbit=False), **BF16_ADAPTERS, "autocast": None,
+    },
+    "int8 bf16 adapters gpt2": {**INT8, **BF16_ADAPTERS},
     "megatron": MEGATRON,
     "megatron checkpointed": {**MEGATRON, **CHECKPOINTED},
     "megatron accumulation": {**MEGATRON, "gradient_accumulation_steps": 4},
@@ -84,6 +93,7 @@ RECIPES: Final[dict[str, Document]] = {
 
 MODELS: Final[dict[str, str]] = {
     "int8 gpt2": "gpt2",
+    "int8 bf16 adapters gpt2": "gpt2",
     "megatron autocast gpt2": "gpt2",
     "megatron fused gemma": "gemma",
     "torchao int8 opt padded": "opt",
