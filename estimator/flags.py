@@ -103,6 +103,12 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--keep-outputs", "/loop/keep_outputs", "The loop holds logits through backward."),
         Flag("--use-cache", "/loop/use_cache", "The forward fills a KV cache."),
         Flag("--set-to-none", "/loop/set_to_none", "zero_grad frees the gradients."),
+        Flag("--neftune-noise-alpha", "/loop/neftune_noise_alpha", "Noise on the embeddings."),
+        Flag(
+            "--label-smoothing-factor",
+            "/loop/label_smoothing_factor",
+            "The Trainer's own smoothed loss.",
+        ),
         Flag("--framework", "/software/framework", "The training stack."),
         Flag("--framework-version", "/software/version", "Its major version."),
     ),

@@ -93,6 +93,8 @@ class Loop(Section, frozen=True):
     keep_outputs: bool = False
     use_cache: bool = False
     set_to_none: bool = True
+    neftune_noise_alpha: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    label_smoothing_factor: Annotated[float, Meta(ge=0, lt=1)] = 0.0
 
 
 class CpuOffload(Section, frozen=True):
@@ -135,7 +137,7 @@ class Software(Section, frozen=True):
     ones. A framework named without a version means the newest that is known here.
     """
 
-    framework: Literal["transformers", "litgpt"] = "transformers"
+    framework: Literal["transformers", "trl", "litgpt"] = "transformers"
     version: Annotated[str, Meta(min_length=1, max_length=20)] = "5"
 
 
@@ -229,6 +231,16 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
     "fp32 copy of the block",
 }
 
+# What TRL's SFTTrainer does where nobody says otherwise: trl 1.16.0, trainer/base_config.py
+# (gradient_checkpointing, bf16), trainer/utils.py (create_model_from_path: dtype float32),
+# trainer/sft_trainer.py (add_fused_lm_head), and the Trainer's own `optim`.
+TRL_DEFAULTS: Final[dict[str, Any]] = {
+    "loss": "chunked",
+    "activation_checkpointing": "full",
+    "optimizer": {"name": "adamw", "implementation": "fused"},
+}
+TRL_PRECISION: Final[dict[str, Any]] = {"precision": "fp32", "autocast": "bf16"}
+
 # Other spellings of `activation_checkpointing`; a boolean means full or none.
 CHECKPOINTING_ALIASES: Final = ("gradient_checkpointing", "recompute")
 
@@ -282,7 +294,17 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
             if isinstance(given, bool):
                 given = "full" if given else "none"
             out["activation_checkpointing"] = given
-    return out
+    return {**_defaults_of(framework, out), **out}
+
+
+def _defaults_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what a framework fills in otherwise than we do, where the request says nothing."""
+    if framework != "trl":
+        return {}
+    defaults = dict(TRL_DEFAULTS)
+    if "precision" not in given and "autocast" not in given:
+        defaults |= TRL_PRECISION
+    return defaults
 
 
 def parse_request(document: str | bytes | dict[str, Any]) -> EstimateRequest:

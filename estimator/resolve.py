@@ -22,7 +22,7 @@ from estimator.techniques.execution import (
     parse_checkpointing,
 )
 from estimator.techniques.kernels import KERNELS
-from estimator.techniques.loss import FUSED_LOSSES
+from estimator.techniques.loss import FUSED_LOSSES, Smoothing
 from estimator.techniques.optimizers import OPTIMIZERS, REFUSED
 from estimator.techniques.precision import Precision
 from estimator.techniques.software import Software, profile
@@ -129,12 +129,15 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
             micro_batches=request.gradient_accumulation_steps,
             keeps_outputs=request.loop.keep_outputs,
             use_cache=request.loop.use_cache,
+            neftune=request.loop.neftune_noise_alpha is not None,
             set_to_none=request.loop.set_to_none,
         ),
     ]
     if request.quantization is not None:
         chosen.append(request.quantization)
     chosen += [KERNELS[each] for each in request.kernels]
+    if request.loop.label_smoothing_factor:
+        chosen.append(Smoothing())
     if request.loss in FUSED_LOSSES:
         chosen.append(FUSED_LOSSES[request.loss])
     checkpointing = parse_checkpointing(request.activation_checkpointing)
@@ -148,6 +151,8 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
     default = Parallelism()
     refused = {
         f"task {request.task!r}": request.task not in ("sft", "pretrain"),
+        f"loss {request.loss!r} with software 'trl', whose SFTTrainer has a head of its own "
+        "(loss 'chunked')": request.software.framework == "trl" and request.loss == "standard",
         f"loss {request.loss!r}": request.loss not in ("standard", *FUSED_LOSSES),
         f"kernels {list(request.kernels)} (known: {', '.join(KERNELS)})": not (
             set(request.kernels) <= KERNELS.keys()

@@ -168,6 +168,11 @@ SOURCES: Final[dict[str, Source]] = {
     "hf-trainer": Source(
         "code", "transformers 5.23.0, Trainer", f"{_HF}/src/transformers/trainer.py"
     ),
+    "hf-trainer-pt-utils": Source(
+        "code",
+        "transformers 5.23.0, what the Trainer computes itself",
+        f"{_HF}/src/transformers/trainer_pt_utils.py",
+    ),
     "accelerate": Source(
         "code",
         "Accelerate 1.15.0, mixed precision",

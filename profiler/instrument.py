@@ -32,7 +32,7 @@ _ADD: Final = torch.ops.aten.add.Tensor
 # dispatch mode is about: torch/csrc/autograd/input_buffer.cpp (`accumulate`) for the sum of
 # gradients, FunctionsManual.cpp (`index_backward`, `gather_backward`,
 # `value_selecting_reduction_backward`) for the others.
-# With each, how many references the dispatcher and its caller hold on a tensor that is the
+# With each, how many references at most the dispatcher and its caller hold on a tensor that is the
 # engine's alone; found by counting, and held by a test against real memory events.
 _IN_PLACE_TWINS: Final = {
     torch.ops.aten.add.Tensor: (torch.ops.aten.add_.Tensor, 4),
@@ -299,7 +299,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         return (
             _called_by_engine()
             and torch.ops.aten.is_non_overlapping_and_dense(target)
-            and target._use_count() == references
+            and target._use_count() <= references
             and torch._C._storage_Use_Count(target.untyped_storage()._cdata) == _STORAGE_REFERENCES
         )
 

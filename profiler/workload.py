@@ -106,6 +106,17 @@ class Workload:
         phase(trace.OPTIMIZER_STEP)
         self.optimizer.zero_grad(set_to_none=self.request.loop.set_to_none)
 
+    def _loss(self, inputs: dict[str, Any], phase: PhaseCallback) -> tuple[Any, Any]:
+        """Return the model's outputs and the loss, as `Trainer.compute_loss` does."""
+        smoothing = self.request.loop.label_smoothing_factor
+        if not smoothing:
+            outputs = self.model(**inputs)
+            return outputs, outputs["loss"]
+        smoother = _import("transformers.trainer_pt_utils").LabelSmoother(epsilon=smoothing)
+        outputs = self.model(**{name: each for name, each in inputs.items() if name != "labels"})
+        phase(trace.LOSS_FORWARD)
+        return outputs, smoother(outputs, inputs["labels"], shift_labels=True)
+
     def _micro_step(self, inputs: dict[str, Any], phase: PhaseCallback) -> None:
         import torch
 
@@ -113,8 +124,7 @@ class Workload:
 
         phase(trace.FORWARD)
         with forward_context(parse_checkpointing(self.request.activation_checkpointing)):
-            outputs = self.model(**inputs)
-        loss = outputs["loss"]
+            outputs, loss = self._loss(inputs, phase)
         if not self.request.loop.keep_outputs:
             del outputs
         if self.request.gradient_accumulation_steps > 1:
@@ -178,6 +188,9 @@ def start(
         compute_capability, multiprocessors: of the GPU that is run on, or imitated.
     """
     place(model, device)
+    if request.loop.neftune_noise_alpha is not None:
+        neftune = _import("transformers.integrations.neftune")
+        neftune.activate_neftune(model, request.loop.neftune_noise_alpha)
     _wrap_autocast(model, autocast_dtype(request), device)
     return Workload(
         model=model,
@@ -223,8 +236,8 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         "kernels": (request.kernels, ((), kernels.KERNELS)),
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
         "hardware.num_gpus": (request.hardware.num_gpus, (1,)),
-        "software.framework": (request.software.framework, ("transformers",)),
-        "software.version": (request.software.version, ("5",)),
+        "software.framework": (request.software.framework, ("transformers", "trl")),
+        "software.version": (request.software.version, ("5", "1.16")),
     }
     for field, (value, known) in allowed.items():
         if value not in known:

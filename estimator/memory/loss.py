@@ -12,6 +12,7 @@ from estimator.eager.size import BATCH, SEQ, Dim
 from estimator.eager.tensor import Tensor, view
 from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import CutCrossEntropy, FusedLinear, FusedLoss
+from estimator.memory.smoothed_loss import LabelSmoothing
 from estimator.model.litgpt import ChunkedLoss
 from estimator.model.spec import ModelSpec
 
@@ -58,7 +59,7 @@ class Loss(Struct, frozen=True):
 # shifts the labels. transformers 4.46.3 and 4.48.1: the same function copies
 # `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
 # LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
-LOSSES: Final[dict[str, Loss | ChunkedLoss | FastLoss | FusedLoss]] = {
+LOSSES: Final[dict[str, Loss | ChunkedLoss | FastLoss | FusedLoss | LabelSmoothing]] = {
     "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
     "transformers-4": Loss(upcasts_outputs=False, shifts_logits=True),
     "transformers-4.45": Loss(upcasts_outputs=True, shifts_logits=True),
@@ -67,4 +68,5 @@ LOSSES: Final[dict[str, Loss | ChunkedLoss | FastLoss | FusedLoss]] = {
     "fused_linear": FusedLinear(),
     "cut_cross_entropy": CutCrossEntropy(),
     "chunked": ChunkedHead(),
+    "label_smoothing": LabelSmoothing(),
 }

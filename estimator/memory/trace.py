@@ -31,6 +31,7 @@ from estimator.eager.tensor import (
 )
 from estimator.memory.fused_loss import FusedLoss
 from estimator.memory.loss import LOSSES
+from estimator.memory.smoothed_loss import LabelSmoothing
 from estimator.memory.unroll import NotPeriodicError, shorten, unroll
 from estimator.memory.updates import inside_backward
 from estimator.model.forward import Forward, Given
@@ -263,6 +264,17 @@ def _forward(
         forward.caller_names.clear()
         return loss, _Outputs([], alive)
     logits = how.outputs(family.logits(forward, hidden))
+    if isinstance(how, LabelSmoothing):
+        # The model has returned, out of autocast, before the Trainer computes this loss.
+        tape.cast_cache.clear()
+        tape.autocast_enabled = False
+        del hidden
+        if run.autocast is not None:
+            logits = ops.cast(logits, DType.FLOAT32, "logits of the outputs in fp32")
+        alive = dict(tape.live)
+        tape.enter(last + 2)
+        with tape.module("loss"):
+            return how(logits, batch[2], spec.vocab), _Outputs([logits], alive)
     alive = dict(tape.live)
     tape.enter(last + 2)
     with tape.module("loss"):

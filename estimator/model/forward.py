@@ -37,6 +37,7 @@ class Settings(Struct, frozen=True):
         keeps_cache: keys and values stay alive until the outputs do (use_cache).
         liger: Liger's kernels run norms, rotary positions and gated MLPs.
         foak: fms-acceleration's run norms and rotary positions.
+        neftune: noise is added to what the embeddings have looked up.
     """
 
     attention: str = "sdpa"
@@ -46,6 +47,7 @@ class Settings(Struct, frozen=True):
     keeps_cache: bool = False
     liger: bool = False
     foak: bool = False
+    neftune: bool = False
 
     @property
     def is_flash(self) -> bool:
@@ -205,10 +207,25 @@ class Forward:
                 leaf = Param("inputs_embeds", out.shape, out.dtype, True)
                 leaf.held = view(out, out.shape)
                 out.edge = Edge(leaf)
+            if self.settings.neftune:
+                out = self._with_noise(out)
             if self.spec.virtual_tokens is not None:
                 out = self.spec.virtual_tokens.join(self, out)
             self.names["inputs_embeds"] = out
         return out
+
+    def _with_noise(self, rows: Tensor) -> Tensor:
+        """Add uniform noise to the rows that were looked up.
+
+        Shapes:
+            noise, dies with the sum  [b, s, h]  width of the rows
+            sum                       [b, s, h]
+
+        Source: hf-library, integrations/neftune.py, neftune_post_forward_hook.
+        """
+        source = Cite("hf-library", "integrations/neftune.py, neftune_post_forward_hook")
+        noise = self.tape.new("noise", rows.shape, rows.dtype, source)
+        return ops.add(rows, noise, "rows with noise")
 
     def norm_weight(self, name: str) -> Param:
         """Return a norm's weight."""

@@ -97,6 +97,7 @@ class Training(Struct, frozen=True):
     micro_batches: int
     keeps_outputs: bool
     use_cache: bool
+    neftune: bool
     set_to_none: bool
 
     def apply(self, run: Run) -> Run:
@@ -116,7 +117,7 @@ class Training(Struct, frozen=True):
             micro_batches=self.micro_batches,
             keeps_outputs=self.keeps_outputs,
             keeps_gradients=not self.set_to_none,
-            settings=replace(run.settings, keeps_cache=self.use_cache),
+            settings=replace(run.settings, keeps_cache=self.use_cache, neftune=self.neftune),
         )
 
 

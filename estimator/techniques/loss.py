@@ -52,6 +52,25 @@ class Fused(Struct, frozen=True):
         return replace(run, loss=self.name)
 
 
+class Smoothing(Struct, frozen=True):
+    """The Trainer's label smoothing, which takes the place of the model's own loss."""
+
+    stage: ClassVar[Stage] = Stage.HEAD
+
+    def apply(self, run: Run) -> Run:
+        """Let the Trainer compute the loss.
+
+        Raises:
+            UnsupportedCombinationError: a loss that is not transformers 5's own, or virtual tokens.
+        """
+        if run.loss != "transformers-5" or run.spec.virtual_tokens is not None:
+            raise UnsupportedCombinationError(
+                "label_smoothing_factor has a sourced answer with loss 'standard' of transformers "
+                "5 only, without virtual tokens; set it to 0, or use those"
+            )
+        return replace(run, loss="label_smoothing")
+
+
 # monkey_patch.py of Liger, MODEL_TYPE_TO_APPLY_LIGER_FN, as far as our families go.
 _LIGER_MODELS: Final = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"}

@@ -48,6 +48,16 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
         "4": SoftwareProfile("transformers-4", reentrant=True),
         "4.45": SoftwareProfile("transformers-4.45", (_OLD_ATTENTION,), reentrant=True),
     },
+    # SFTTrainer trains transformers' models; its loss and other defaults are in `request.py`.
+    "trl": {
+        "1.16": SoftwareProfile(
+            "transformers-5",
+            (
+                "the metrics that SFTTrainer computes from log-probabilities and entropies between "
+                "forward and backward: a few numbers for each token",
+            ),
+        ),
+    },
     "litgpt": {
         "2023.10": SoftwareProfile(
             "litgpt",

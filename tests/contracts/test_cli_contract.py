@@ -38,7 +38,8 @@ FROZEN_FLAGS = """
 --optimizer-rank
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing
 --activation-checkpointing --attention --loss --kernels
---keep-outputs --use-cache --set-to-none --framework --framework-version
+--keep-outputs --use-cache --set-to-none --neftune-noise-alpha
+--label-smoothing-factor --framework --framework-version
 --strategy --dp-replicate --dp-shard --tp --sequence-parallel --cp --pp --ep --zero-stage
 --reshard-after-forward --offload-params --offload-optimizer
 --gpu --num-gpus --memory --reserved-by-others --host-memory --confidence

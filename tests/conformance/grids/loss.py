@@ -14,6 +14,8 @@ _QLORA: Final[dict[str, Any]] = {
 _CHECKPOINTED: Final[dict[str, Any]] = {"activation_checkpointing": "full"}
 _FUSED: Final[dict[str, Any]] = {"loss": "fused_linear"}
 _CHUNKED: Final[dict[str, Any]] = {"loss": "chunked"}
+_NOISE: Final[dict[str, Any]] = {"loop": {"neftune_noise_alpha": 5.0}}
+_SMOOTH: Final[dict[str, Any]] = {"loop": {"label_smoothing_factor": 0.1}}
 _LIGER: Final[dict[str, Any]] = {"kernels": ["liger"]}
 _CUT: Final[dict[str, Any]] = {"loss": "cut_cross_entropy"}
 
@@ -75,6 +77,23 @@ RECIPES: Final[dict[str, dict[str, Any]]] = {
     "liger sandwich norms": {**_LORA, **_LIGER},
     "liger gemma 3": {**_LORA, **_LIGER},
     "liger window, accumulation": {**_FULL, **_LIGER, "gradient_accumulation_steps": 3},
+    "neftune": {**_FULL, **_CUT, **_NOISE},
+    "neftune amp_bf16 checkpointed": {
+        **_FULL, **_NOISE, **_CHECKPOINTED, "precision": "amp_bf16",
+    },
+    "neftune lora checkpointed": {**_LORA, **_NOISE, **_CHECKPOINTED},
+    "neftune qlora liger": {**_QLORA, **_NOISE, **_LIGER},
+    "label smoothing": {**_FULL, **_SMOOTH},
+    "label smoothing amp_bf16": {**_FULL, **_SMOOTH, "precision": "amp_bf16"},
+    "label smoothing capped logits, checkpointed": {**_FULL, **_SMOOTH, **_CHECKPOINTED},
+    "label smoothing lora autocast": {**_LORA, **_SMOOTH, "autocast": "bf16"},
+    "trl": {"software": "trl"},
+    "trl lora": {"software": "trl", **_LORA, "precision": "bf16"},
+    "trl qlora, adamw 8-bit": {
+        "software": "trl", "method": {"name": "lora", "r": 12, "lora_dropout": 0.05},
+        "quantization": {"name": "nf4"}, "optimizer": "paged_adamw_8bit",
+    },
+    "trl liger": {"software": "trl", **_LIGER},
     "liger with cut_cross_entropy": {
         **_FULL, **_LIGER, **_CUT, **_CHECKPOINTED, "optimizer": "adamw_8bit",
     },
@@ -93,6 +112,11 @@ MODELS: Final[dict[str, str]] = {
     "chunked capped logits, accumulation": "gemma2",
     "chunked padded": "falcon",
     "liger lora": "qwen2",
+    "neftune amp_bf16 checkpointed": "qwen2",
+    "neftune lora checkpointed": "gemma",
+    "label smoothing amp_bf16": "gpt2",
+    "label smoothing capped logits, checkpointed": "gemma2",
+    "trl": "qwen3",
     "liger norms of queries and keys": "qwen3",
     "liger geglu": "gemma",
     "liger sandwich norms": "gemma2",
@@ -105,5 +129,8 @@ MODELS: Final[dict[str, str]] = {
 }
 
 FAST: Final = frozenset(
-    {"fused_linear", "fused_linear amp_bf16", "cut_cross_entropy", "chunked", "liger"}
-)
+    {
+        "fused_linear", "fused_linear amp_bf16", "cut_cross_entropy", "chunked", "liger",
+        "label smoothing",
+    }
+)  # fmt: skip
