@@ -184,6 +184,8 @@ def _changes(request: EstimateRequest) -> Iterator[_Change]:
     if request.loop.keep_outputs:
         loop = {**request.loop.to_dict(), "keep_outputs": False}
         yield _Change({"loop": loop}, "drop the outputs before backward", "none")
+    if request.loss == "standard":
+        yield _Change({"loss": "cut_cross_entropy"}, "loss cut_cross_entropy, no logits", "none")
     if request.optimizer.name in ("adam", "adamw"):
         if request.optimizer.implementation in ("foreach", "single"):
             fused = {**request.optimizer.to_dict(), "implementation": "fused"}

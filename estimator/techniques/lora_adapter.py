@@ -39,7 +39,7 @@ class LoraAdapter(Struct, frozen=True):
             B  [out, r]
             bias of B [out], with `lora_bias`
 
-        Source: hu2021, section 4.1.
+        Source: hu2021, section 4.1; peft, tuners/lora/layer.py, LoraLayer.update_layer.
         """
         rank, stored = dim("r", self.r), self._stored(linear)
         source = Cite("hu2021", "section 4.1, W0 + BA")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Final, Literal, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
-from estimator.model.spec import Adapter, LayerKind, Linear, ModelSpec, Module
+from estimator.model.spec import Adapter, Embedding, LayerKind, Linear, ModelSpec, Module
 from estimator.run import Run
 from estimator.section import Kind, Names
 from estimator.sources import Cite
 from estimator.techniques.stage import Stage
+
+FOUR_BIT: Final = frozenset({"nf4", "fp4"})
+"""The 4-bit formats of bitsandbytes."""
 
 
 class Method(Kind, frozen=True):
@@ -23,7 +26,8 @@ class Method(Kind, frozen=True):
     Args:
         stage: methods apply before weights get their types and formats.
         trains_base: weights of the model itself are trained, so they cannot be quantized.
-        quantizations: names of the formats of the base weights that it goes with; None for all.
+        quantizations: names of the formats of the base weights that it was checked over; None for
+            all of them.
         peft: name of PEFT's configuration class, if PEFT runs the method.
         without_backward: its step evaluates the loss only.
         source: the paper or the upstream line.
@@ -31,7 +35,7 @@ class Method(Kind, frozen=True):
 
     stage: ClassVar[Stage] = Stage.ADAPT
     trains_base: ClassVar[bool] = False
-    quantizations: ClassVar[frozenset[str] | None] = None
+    quantizations: ClassVar[frozenset[str] | None] = FOUR_BIT
     peft: ClassVar[str | None] = None
     without_backward: ClassVar[bool] = False
     source: ClassVar[Cite]
@@ -54,8 +58,8 @@ class Method(Kind, frozen=True):
         if self.quantizations is not None and quantization not in self.quantizations:
             known = ", ".join(sorted(self.quantizations)) or "none"
             raise UnsupportedCombinationError(
-                f"PEFT's layers of {self.name} do not run over {quantization} weights (it takes: "
-                f"{known}); use lora, or no quantization"
+                f"method {self.name!r} over {quantization} weights has no sourced answer here "
+                f"(over which it has: {known}); use lora, or no quantization"
             )
 
 
@@ -152,11 +156,17 @@ def adapted_by_path(
         InvalidRequestError: the targets match no linear layer of the model, as PEFT refuses.
     """
     head = spec.head.name
+    named = not isinstance(targets.target_modules, str)
     adapters = 0
 
     def adapt(module: Module, path: str) -> Module:
         nonlocal adapters
         frozen = replace(module, trainable=False)
+        if isinstance(module, Embedding) and named and targets.match(path, head):
+            raise UnsupportedCombinationError(
+                f"an adapter on the table {module.name!r} has no sourced answer here yet; train it "
+                "through modules_to_save, or leave it out of target_modules"
+            )
         if isinstance(frozen, Linear) and targets.match(path, head):
             adapters += 1
             return replace(frozen, adapter=adapter(frozen, path))

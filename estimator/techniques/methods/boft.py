@@ -167,7 +167,6 @@ class Boft(Method, frozen=True, tag="boft"):
 
     peft: ClassVar[str | None] = "BOFTConfig"
     source: ClassVar[Cite] = Cite("liu2023boft", "section 4, butterfly factorization")
-    quantizations: ClassVar[frozenset[str] | None] = frozenset({"nf4", "fp4", "int8"})
 
     boft_block_size: Annotated[int, Meta(ge=1, le=65_536, description="width of a block")] = 4
     target_modules: Literal["all-linear"] | Names = ()

@@ -100,7 +100,6 @@ class FourierFt(Method, frozen=True, tag="fourierft"):
 
     peft: ClassVar[str | None] = "FourierFTConfig"
     source: ClassVar[Cite] = Cite("gao2024", "section 3.2, FourierFT")
-    quantizations: ClassVar[frozenset[str] | None] = frozenset({"nf4", "fp4", "int8"})
 
     n_frequency: Annotated[int, Meta(ge=1, le=100_000_000, description="coefficients")] = 1000
     scaling: Annotated[float, Meta(gt=0, le=1e9, description="scale; costs no memory")] = 150.0

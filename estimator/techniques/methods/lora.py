@@ -38,6 +38,7 @@ class Lora(Method, frozen=True, tag="lora"):
     """Train low-rank adapters beside frozen linear layers (PEFT's LoraConfig)."""
 
     peft: ClassVar[str | None] = "LoraConfig"
+    quantizations: ClassVar[frozenset[str] | None] = None
     source: ClassVar[Cite] = Cite("hu2021", "section 4.1, W0 + BA")
 
     r: Annotated[int, Meta(ge=1, le=65_536)] = 16

@@ -153,7 +153,6 @@ class Oft(Method, frozen=True, tag="oft"):
 
     peft: ClassVar[str | None] = "OFTConfig"
     source: ClassVar[Cite] = Cite("qiu2023", "section 4, orthogonal finetuning")
-    quantizations: ClassVar[frozenset[str] | None] = frozenset({"nf4", "fp4", "int8"})
 
     oft_block_size: Annotated[int, Meta(ge=1, le=65_536, description="width of a block")] = 32
     num_cayley_neumann_terms: Annotated[
