@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
@@ -26,8 +27,10 @@ from estimator.flags import request_fields
 from estimator.model.families import FAMILIES, read_spec
 from estimator.render.text import thin
 from estimator.request import parse_request
-from estimator.resolve import CHECKPOINTING, resolve
+from estimator.resolve import resolve
 from estimator.sources import SOURCES
+from estimator.techniques.execution import CHECKPOINTING
+from estimator.techniques.kernels import KERNELS
 from estimator.techniques.optimizers import OPTIMIZERS
 
 DOCS: Final = ROOT / "docs"
@@ -195,13 +198,28 @@ ASKED: Final = (
     "/loss",
     "/method/bias",
     "/parallelism/strategy",
-    "/software/version",
+    "/software/framework",
+    "/kernels",
 )
 
 # Fields that are text in the request, because their choices are a table of the estimator.
 _TABLES: Final[dict[str, tuple[str, ...]]] = {
     "/optimizer/name": tuple(OPTIMIZERS),
-    "/activation_checkpointing": CHECKPOINTING,
+    "/activation_checkpointing": tuple(CHECKPOINTING),
+    "/kernels": tuple(KERNELS),
+}
+
+
+_LITGPT: Final = {"model": "meta-llama/Llama-2-7b-hf", "software": {"framework": "litgpt"}}
+# What a choice needs beside it to make sense at all.
+_BESIDE: Final[dict[str, dict[str, Any]]] = {
+    "partial": {"method": {"last_layers": 1}},
+    "llama_adapter": _LITGPT,
+    "llama_adapter_v2": _LITGPT,
+    "litgpt": _LITGPT,
+    "sgd_8bit": {"optimizer": {"momentum": 0.9}},
+    "sgd_32bit": {"optimizer": {"momentum": 0.9}},
+    "foak": {"software": {"version": "4"}},
 }
 
 
@@ -218,17 +236,20 @@ def _choices(pointer: str) -> tuple[str, ...]:
 
 def _has_answer(pointer: str, choice: str) -> bool:
     """Ask for one choice of one field, everything else at its default."""
-    document: dict[str, Any] = {"model": EXAMPLE}
+    document: dict[str, Any] = {"model": EXAMPLE, **deepcopy(_BESIDE.get(choice, {}))}
     section, *field = pointer.strip("/").split("/")
     if section == "quantization" or (section == "method" and field != ["name"]):
         document["method"] = {"name": "lora"}
-    if field:
+    if section == "kernels":
+        document[section] = [choice]
+    elif field:
         document[section] = {**document.get(section, {}), field[0]: choice}
     else:
         document[section] = choice
-    config = next(model.config for model in models() if model.id == EXAMPLE)
+    name = document["model"]
+    config = next(model.config for model in models() if model.id == name)
     try:
-        resolve(parse_request(document), config, EXAMPLE)
+        resolve(parse_request(document), config, name)
     except UnsupportedCombinationError:
         return False
     except EstimatorError as error:

@@ -1,7 +1,5 @@
 """The optimizer section of the request: which one, how it is implemented, and its knobs."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from msgspec import Meta

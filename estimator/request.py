@@ -4,8 +4,6 @@ Names follow HF, TRL, PEFT and DeepSpeed. Everything but `model` has a default. 
 field knows but this version cannot answer is refused by name in `resolve.py`, not here.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re

@@ -1,7 +1,5 @@
 """A part of the request document: frozen, strictly typed, and closed to unknown fields."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import msgspec

@@ -1,7 +1,5 @@
 """Bottleneck adapters: a small trained MLP behind a sublayer, inside its residual."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta

@@ -1,7 +1,5 @@
 """What every fine-tuning method has in common: a section of the request that rewrites a run."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Final, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """What every quantization has in common: a section of the request that packs linear layers."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Final
 
 from msgspec import Meta

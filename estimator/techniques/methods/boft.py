@@ -1,7 +1,5 @@
 """BOFT: the input of a layer is rotated by a full matrix, made of small orthogonal blocks."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta, Struct

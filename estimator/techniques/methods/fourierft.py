@@ -1,7 +1,5 @@
 """FourierFT: the update of a weight as the inverse Fourier transform of a few coefficients."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta

@@ -1,7 +1,5 @@
 """Full fine-tuning: every weight is trained."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from estimator.run import Run

@@ -1,7 +1,5 @@
 """Houlsby adapters: one bottleneck behind attention and one behind the feed-forward network."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta

@@ -1,7 +1,5 @@
 """IA3: one trained vector for each targeted layer, multiplied into its output or its input."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Final, Literal
 
 from msgspec import Struct

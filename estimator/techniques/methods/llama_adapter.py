@@ -1,7 +1,5 @@
 """LLaMA-Adapter as Lit-GPT runs it: prompts in attention (v1), scales and biases too (v2)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta, Struct

@@ -1,7 +1,5 @@
 """LN tuning: trained copies of the norms, beside the frozen originals."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from msgspec.structs import replace

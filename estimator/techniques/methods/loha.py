@@ -1,7 +1,5 @@
 """LoHa: the update of a weight as the elementwise product of two low-rank matrices."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta, Struct

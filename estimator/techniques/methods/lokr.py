@@ -1,7 +1,5 @@
 """LoKr: the update of a weight as the Kronecker product of two smaller matrices."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
 from msgspec import Meta

@@ -1,7 +1,5 @@
 """LoRA: trainable matrices A [r, in] and B [out, r] beside frozen linear layers."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, ClassVar, Final, Literal
 

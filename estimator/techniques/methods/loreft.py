@@ -1,7 +1,5 @@
 """LoReFT: a low-rank edit of a few positions of the hidden states between layers."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, ClassVar, Final
 

@@ -1,7 +1,5 @@
 """MeZO: two forward passes with the weights shifted by noise, and no backward pass."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from msgspec.structs import replace

@@ -1,7 +1,5 @@
 """OFT: the input of a layer is rotated, block by block, by trained orthogonal matrices."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta, Struct

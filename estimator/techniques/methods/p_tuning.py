@@ -1,7 +1,5 @@
 """P-tuning: virtual tokens before the text that a small network makes out of trained vectors."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta

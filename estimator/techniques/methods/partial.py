@@ -1,7 +1,5 @@
 """Partial fine-tuning: some layers, modules or kinds of parameter are trained, as they are."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, TypeVar
 
 from msgspec import Meta

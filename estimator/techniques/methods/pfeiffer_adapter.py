@@ -1,7 +1,5 @@
 """Pfeiffer adapters: one bottleneck behind the feed-forward network, over the residual sum."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta

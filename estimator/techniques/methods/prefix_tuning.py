@@ -1,7 +1,5 @@
 """Prefix tuning: trained keys and values that lie in the cache of every layer before the text's."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final
 
 from msgspec import Meta

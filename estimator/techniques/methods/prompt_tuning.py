@@ -1,7 +1,5 @@
 """Prompt tuning: trained vectors before the embedded text, so that every layer sees more tokens."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta

@@ -1,7 +1,5 @@
 """VeRA: two trained vectors beside each layer, around one frozen pair of matrices for all."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta, Struct

@@ -1,7 +1,5 @@
 """4-bit weights as bitsandbytes stores and multiplies them."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta, Struct

@@ -1,7 +1,5 @@
 """8-bit weights as bitsandbytes stores and multiplies them: LLM.int8()."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Final
 
 from msgspec import Meta, Struct

@@ -1,7 +1,5 @@
 """8-bit weights as torchao stores and multiplies them: Int8WeightOnlyConfig."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Final
 
 from msgspec import Struct
