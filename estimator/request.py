@@ -227,6 +227,20 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
     "choice of its layers does",
     "badam": "method 'partial' with last_layers 1 holds what one of its blocks does, but for the "
     "fp32 copy of the block",
+    "adalora": "method 'lora' with r=init_r has its adapters, but not the vectors and the "
+    "orthogonality term of its loss",
+    "adaption_prompt": "method 'llama_adapter' with software 'litgpt' is the same idea in another "
+    "code",
+    "vblora": "method 'vera' shares matrices too",
+    "galore": "ask for optimizer 'galore_adamw'",
+    "lomo": "ask for optimizer 'lomo'",
+    "adalomo": "ask for optimizer 'adalomo'",
+}
+
+# Formats of the base weights that have no sourced answer here yet, and what is near to each.
+UNANSWERED_QUANTIZATIONS: Final[dict[str, str]] = {
+    **dict.fromkeys(("gptq", "awq", "hqq", "int4", "torchao_int4"), "use 'nf4'"),
+    **dict.fromkeys(("fp8", "float8", "mxfp8", "nvfp4"), "use 'int8', or none"),
 }
 
 # What TRL's SFTTrainer does where nobody says otherwise: trl 1.16.0, trainer/base_config.py
@@ -283,7 +297,8 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(software, dict) and isinstance(framework, str) and framework in PROFILES:
         newest = next(iter(PROFILES[framework]))
         out["software"] = {"version": newest, **software}
-    if "liger" in (out.get("kernels") or ()) and "loss" not in out:
+    kernels = out.get("kernels")
+    if isinstance(kernels, (list, tuple)) and "liger" in kernels and "loss" not in out:
         # `use_liger_kernel` brings its loss; whoever wants another one names it.
         out["loss"] = "fused_linear"
     for alias in CHECKPOINTING_ALIASES:
@@ -348,12 +363,15 @@ def convert_request(value: Any) -> EstimateRequest:
 
 
 def _refuse_unanswered(document: Any) -> None:
-    method = document.get("method") if isinstance(document, dict) else None
-    name = method.get("name") if isinstance(method, dict) else None
-    if isinstance(name, str) and name in UNANSWERED_METHODS:
-        raise UnsupportedCombinationError(
-            f"method {name!r} has no sourced answer here yet; {UNANSWERED_METHODS[name]}"
-        )
+    """Refuse by name what the field is known to have and this version cannot answer."""
+    tables = {"method": UNANSWERED_METHODS, "quantization": UNANSWERED_QUANTIZATIONS}
+    for field, table in tables.items():
+        section = document.get(field) if isinstance(document, dict) else None
+        name = section.get("name") if isinstance(section, dict) else None
+        if isinstance(name, str) and name in table:
+            raise UnsupportedCombinationError(
+                f"{field} {name!r} has no sourced answer here yet; {table[name]}"
+            )
 
 
 _PLACE: Final = re.compile(r" - at `\$(?P<path>[^`]*)`$")

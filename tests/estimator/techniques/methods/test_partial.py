@@ -99,10 +99,25 @@ def test_what_the_model_has_not_is_refused_by_name(knobs, said):
         estimate(document)
 
 
-@pytest.mark.parametrize("name", ["lisa", "badam"])
-def test_a_method_without_a_source_is_refused_by_name_with_what_is_near(name):
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("method", "lisa"),
+        ("method", "badam"),
+        ("method", "adalora"),
+        ("method", "adaption_prompt"),
+        ("quantization", "gptq"),
+        ("quantization", "fp8"),
+    ],
+)
+def test_what_has_no_source_is_refused_by_name_with_what_is_near(field, name):
     with pytest.raises(UnsupportedCombinationError, match=f"'{name}' has no sourced answer"):
-        parse_request({"model": "gpt2", "method": name})
+        parse_request({"model": "gpt2", field: name})
+
+
+def test_kernels_that_are_no_list_are_an_invalid_field():
+    with pytest.raises(InvalidRequestError, match="kernels"):
+        parse_request({"model": "gpt2", "kernels": 5})
 
 
 def test_frozen_layers_below_the_trained_ones_save_nothing():
