@@ -20,7 +20,7 @@ import click
 from estimator.config_file import parse_config
 from estimator.errors import InvalidRequestError
 from estimator.flags import FLAG_GROUPS, FLAGS, OrNone, overlay, request_fields, request_options
-from estimator.request import METHOD_ALIASES, METHODS, expand_short_forms
+from estimator.request import METHOD_ALIASES, METHODS, QUANTIZATIONS, expand_short_forms
 from estimator.techniques.execution import CHECKPOINTING
 from estimator.techniques.optimizers import OPTIMIZERS
 
@@ -216,15 +216,24 @@ def _that_apply(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     method = given.get("/method/name", controls()["/method/name"].default)
     alias = METHOD_ALIASES.get(method)
-    quantized = given.get("/quantization/name") is not None or (
-        alias is not None and alias.quantization is not None
-    )
+    quantization = given.get("/quantization/name") or (alias and alias.quantization)
+    packed = _quantization_fields().get(str(quantization), frozenset())
     kept = {}
     for pointer, value in given.items():
+        section, field = pointer.strip("/").partition("/")[::2]
         applies = method in controls()[pointer].methods or not controls()[pointer].methods
-        if applies and (quantized or not pointer.startswith("/quantization/")):
+        if applies and (section != "quantization" or field in packed):
             kept[pointer] = value
     return kept
+
+
+@cache
+def _quantization_fields() -> dict[str, frozenset[str]]:
+    """Return the fields of each format of the base weights, its name among them."""
+    return {
+        str(kind.__struct_config__.tag): frozenset(kind.__struct_fields__) | {"name"}
+        for kind in QUANTIZATIONS
+    }
 
 
 def _config(text: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_an_architecture_without_sdpa_says_what_is_run_instead() -> None:
             "known: none, full",
         ),
         (TINY, {"quantization": "nf4"}, InvalidRequestError, "method=lora"),
-        (TINY, {"optimizer": "lion"}, InvalidRequestError, "known: adafactor, adam"),
+        (TINY, {"optimizer": "lioness"}, InvalidRequestError, "known: adafactor, adagrad"),
         (
             TINY,
             {"precision": "fp32", "attention": "flash_attention_2"},

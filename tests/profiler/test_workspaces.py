@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from profiler import quantized
+from profiler.quantizations import bnb_4bit
 from profiler.trace import Storage
 from tests.profiler.recipes import TINY, traced
 
@@ -53,7 +53,7 @@ def test_4_bit_products_of_many_tokens_unpack_the_weight_first(
     import torch
 
     asked = ((8, 0), 108, torch.bfloat16, tokens, out_features, in_features)
-    assert quantized.is_fused(*asked) is fused
+    assert bnb_4bit.is_fused(*asked) is fused
 
 
 def test_unpacked_weights_are_counted_in_forward_and_backward() -> None:

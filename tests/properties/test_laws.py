@@ -68,7 +68,9 @@ def test_a_larger_micro_batch_or_length_never_needs_less(document, field, more):
     before, after = answer(document), answer({**document, field: document[field] + more})
     if before is None or after is None:
         return
-    assert after.peak.allocated_bytes.expected >= before.peak.allocated_bytes.expected
+    # Not `allocated`: which free block a tensor finds depends on the others, and may be larger in
+    # the smaller run. The verdict judges what is needed.
+    assert after.peak.needed_bytes.expected >= before.peak.needed_bytes.expected
 
 
 @settings(**SETTINGS)
