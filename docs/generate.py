@@ -216,7 +216,7 @@ _BESIDE: Final[dict[str, dict[str, Any]]] = {
     "partial": {"method": {"last_layers": 1}},
     "llama_adapter": _LITGPT,
     "llama_adapter_v2": _LITGPT,
-    "litgpt": _LITGPT,
+    "litgpt": {**_LITGPT, "method": {"name": "lora"}},
     "sgd_8bit": {"optimizer": {"momentum": 0.9}},
     "sgd_32bit": {"optimizer": {"momentum": 0.9}},
     "foak": {"software": {"version": "4"}},

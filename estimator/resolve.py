@@ -54,6 +54,7 @@ def _read_model(request: EstimateRequest, config: Mapping[str, Any], name: str) 
     code = profile(request.software.framework, request.software.version).model_code
     if code is None:
         return read_spec(config, name)
+    _refuse_beside_own_code(request)
     spec: ModelSpec = import_module(code).read(config, name)
     return spec
 
@@ -72,6 +73,28 @@ def _refuse_packed_training(spec: ModelSpec) -> None:
                     f"a trained bias of the quantized layer {module.name} has no sourced answer "
                     "here yet; use bias 'none', or leave quantization out"
                 )
+
+
+def _refuse_beside_own_code(request: EstimateRequest) -> None:
+    """Refuse what the framework's own model code is not described for."""
+    method = request.method
+    known = {
+        f"attention {request.attention!r}": request.attention == "sdpa",
+        f"precision {request.precision!r}": request.precision in ("bf16", "fp16"),
+        "autocast": request.autocast is None,
+        "padding": not request.padding,
+        "packing": not request.packing,
+        "activation checkpointing": request.activation_checkpointing == "none",
+        f"loss {request.loss!r}": request.loss == "standard",
+        f"method {method.name!r}": method.name in ("lora", "llama_adapter", "llama_adapter_v2"),
+        "use_dora": not getattr(method, "use_dora", False),
+    }
+    for what, described in known.items():
+        if not described:
+            raise UnsupportedCombinationError(
+                f"{what} with software {request.software.framework!r} has no sourced answer here "
+                "yet; use software 'transformers'"
+            )
 
 
 def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from estimator.catalog import Access, find_model
-from estimator.errors import InvalidRequestError, UnsupportedModelError
+from estimator.errors import (
+    InvalidRequestError,
+    UnsupportedCombinationError,
+    UnsupportedModelError,
+)
 from estimator.request import parse_request
 from estimator.resolve import resolve
 
@@ -45,6 +49,23 @@ def test_a_version_of_another_framework_is_refused_with_what_there_is():
 def test_a_family_that_is_not_described_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match=r"llama, gpt_neox and phi, not for 'falcon'"):
         _run("tiiuae/falcon-7b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"attention": "eager"}, "attention 'eager'"),
+        ({"precision": "fp32"}, "precision 'fp32'"),
+        ({"padding": True}, "padding"),
+        ({"activation_checkpointing": "full"}, "activation checkpointing"),
+        ({"loss": "chunked"}, "loss 'chunked'"),
+        ({"method": "full"}, "method 'full'"),
+        ({"method": "dora"}, "use_dora"),
+    ],
+)
+def test_what_its_code_is_not_described_for_is_refused_by_name(fields, said):
+    with pytest.raises(UnsupportedCombinationError, match=said):
+        _run("meta-llama/Llama-2-7b-hf", **fields)
 
 
 def test_four_bits_reach_the_head_too():
