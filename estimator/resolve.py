@@ -186,6 +186,9 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
         f"optimizer {optimizer.name!r} with a method that freezes weights": (
             OPTIMIZERS[optimizer.name].trains_all and not request.method.trains_base
         ),
+        f"optimizer {optimizer.name!r} with precision {request.precision!r}": (
+            request.precision in OPTIMIZERS[optimizer.name].not_with
+        ),
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1
         ),

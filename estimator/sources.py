@@ -160,6 +160,11 @@ SOURCES: Final[dict[str, Source]] = {
         "schedulefree 1.4.1, optimizers without a schedule",
         "https://github.com/facebookresearch/schedule_free/blob/main/schedulefree",
     ),
+    "muon": Source(
+        "code",
+        "Muon of Keller Jordan, commit 857d1adc",
+        "https://github.com/KellerJordan/Muon/blob/857d1adc159e098212f828d927460782d3da59e9",
+    ),
     "galore-torch": Source(
         "code",
         "galore-torch 1.0, GaLore",

@@ -12,7 +12,7 @@ from estimator.errors import InvalidRequestError, MissingDependencyError
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
-from profiler import lowmem
+from profiler import lowmem, together
 from profiler.unroll import Shortening
 
 if TYPE_CHECKING:
@@ -316,7 +316,8 @@ def announce(optimizer: Any, meter: Meter) -> None:
             work_for(models.get(id(parameter), parameter))
             return super().__getitem__(parameter)
 
-    inner.state = States(dict, inner.state)
+    for each in getattr(inner, "parts", (inner,)):
+        each.state = States(dict, each.state)
 
 
 def is_on_host(optimizer: Any, name: str) -> bool:
@@ -500,6 +501,15 @@ def _torchao(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     return Compiled(groups, lr=LEARNING_RATE, block_size=256)
 
 
+def _muon(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    import torch
+
+    flags = _torch_flags(asked, "foreach")
+    return together.muon(
+        model, groups, lambda rest: torch.optim.AdamW(rest, lr=LEARNING_RATE, **flags)
+    )
+
+
 def _library(module: str, package: str, asked: Optimizer) -> Any:
     try:
         return importlib.import_module(module)
@@ -591,6 +601,7 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "sgd": _sgd,
     "adafactor": _adafactor,
     "lion": _lion,
+    "muon": _muon,
     "schedule_free_adamw": _schedule_free,
     "schedule_free_radam": _schedule_free,
     "schedule_free_sgd": _schedule_free,

@@ -11,7 +11,7 @@ from estimator.model.spec import Module
 from estimator.run import Run
 from estimator.sources import Cite
 from estimator.techniques.optimizers import OPTIMIZERS, Trained, states, temporaries, trained
-from estimator.techniques.optimizers.row import State
+from estimator.techniques.optimizers.row import State, outer_modules
 
 _MASTER = Cite("micikevicius2018", "section 3.1, fp32 master copy of weights")
 _MAIN_GRADS = Cite("megatron-optimizer", "_copy_model_grads_to_main_grads")
@@ -45,9 +45,9 @@ def site_of(run: Run, module: Module) -> str:
 
 def trained_tensors(run: Run) -> tuple[Trained, ...]:
     """Return what the optimizer updates."""
-    master = run.optimizer.master_weights
+    master, outer = run.optimizer.master_weights, outer_modules(run.spec)
     return tuple(
-        trained(module, weight, count, master=master)
+        trained(module, weight, count, master=master, outer=outer)
         for module, weight, count in run.spec.tensors()
         if weight.trainable
     )

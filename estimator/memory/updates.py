@@ -8,6 +8,7 @@ from estimator.eager.tensor import Param, Storage, Tape, Tensor, TensorKind
 from estimator.memory.standing import trained_tensors
 from estimator.run import Run
 from estimator.techniques.optimizers import OPTIMIZERS, Trained, temporaries
+from estimator.techniques.optimizers.row import is_within, outer_modules
 
 
 class InBackward:
@@ -21,6 +22,7 @@ class InBackward:
         self.source = OPTIMIZERS[self.choice.name].source
         self.tables = {module.name for module in run.spec.embeddings}
         self.linears = {each.name for each in trained_tensors(run) if each.in_linear}
+        self.outer = outer_modules(run.spec)
         self.known: dict[Param, tuple[int, ...]] = {}
 
     def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
@@ -53,6 +55,7 @@ class InBackward:
             in_embedding=param.name.rpartition(".")[0] in self.tables,
             count=1,
             in_linear=param.name in self.linears,
+            in_body=not is_within(param.name, self.outer),
         )
 
     def _scratch(self, tape: Tape, param: Param, size: int) -> Storage:

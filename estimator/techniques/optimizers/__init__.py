@@ -9,6 +9,7 @@ from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
 from estimator.techniques.optimizers.lomo import LOMO
 from estimator.techniques.optimizers.low_rank import LOW_RANK
 from estimator.techniques.optimizers.lowmem import LOWMEM
+from estimator.techniques.optimizers.muon import MUON
 from estimator.techniques.optimizers.row import OptimizerRow, State, Trained, trained
 from estimator.techniques.optimizers.small_libraries import SMALL_LIBRARIES
 from estimator.techniques.optimizers.temporaries import trainer_groups, worst_moment
@@ -18,6 +19,7 @@ from estimator.techniques.optimizers.transformers import TRANSFORMERS
 
 OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **TORCH,
+    **MUON,
     **TRANSFORMERS,
     **BITSANDBYTES,
     **LOMO,

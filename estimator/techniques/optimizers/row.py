@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from estimator.dtypes import DType
-from estimator.model.spec import Embedding, Linear, Module, Weight
+from estimator.model.spec import Embedding, Linear, ModelSpec, Module, Weight
 from estimator.run import OptimizerChoice
 from estimator.sources import Assumption, Cite
 
@@ -29,6 +29,7 @@ class Trained(Struct, frozen=True):
         in_embedding: it belongs to an embedding table.
         count: how many such tensors the model has.
         in_linear: it is the weight of an `nn.Linear`.
+        in_body: it belongs neither to an embedding table nor to the head, adapters included.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Trained(Struct, frozen=True):
     in_embedding: bool
     count: int
     in_linear: bool = False
+    in_body: bool = True
 
     @property
     def bytes(self) -> int:
@@ -46,8 +48,21 @@ class Trained(Struct, frozen=True):
         return self.elements * self.dtype.width
 
 
-def trained(module: Module, weight: Weight, count: int, *, master: bool) -> Trained:
-    """Describe a trainable weight to the optimizer."""
+def outer_modules(spec: ModelSpec) -> tuple[str, ...]:
+    """Return the names of the embedding tables and of the head."""
+    tables = (each.name for each in spec.embeddings if isinstance(each, Embedding))
+    return (*tables, spec.head.name)
+
+
+def is_within(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a tensor belongs to one of some modules, or to an adapter on it."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def trained(
+    module: Module, weight: Weight, count: int, *, master: bool, outer: tuple[str, ...]
+) -> Trained:
+    """Describe a trainable weight to the optimizer; `outer` is from `outer_modules`."""
     rows, columns = (0, 0)
     if len(weight.shape) >= 2:
         rows, columns = weight.shape[-2].value, weight.shape[-1].value
@@ -61,6 +76,7 @@ def trained(module: Module, weight: Weight, count: int, *, master: bool) -> Trai
         in_embedding=isinstance(module, Embedding) and not master,
         count=count,
         in_linear=isinstance(module, Linear) and not module.transposed and weight.name == "weight",
+        in_body=not is_within(f"{module.name}.{weight.name}", outer),
     )
 
 
@@ -102,6 +118,7 @@ class OptimizerRow(Struct, frozen=True):
         note: what the answer says about it, where something is not counted.
         groups_itself: its parameter groups are not the Trainer's two.
         trains_all: it keeps states of frozen weights too, so that none may be frozen.
+        not_with: values of `precision` that it was not compared with.
     """
 
     states: tuple[State, ...] | Callable[[OptimizerChoice], tuple[State, ...]]
@@ -114,6 +131,7 @@ class OptimizerRow(Struct, frozen=True):
     trains_all: bool = False
     groups_itself: bool = False
     note: str = ""
+    not_with: tuple[str, ...] = ()
 
 
 def same(each: Trained) -> int:

@@ -11,6 +11,10 @@ SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 130}
 CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
 LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.05}}
 
+QLORA: Final[Document] = {
+    **LORA, "quantization": {"name": "nf4"}, "autocast": "bf16",
+}  # fmt: skip
+
 
 def _asked(optimizer: str, *others: Document, **knobs: Any) -> Document:
     document: Document = {"optimizer": {"name": optimizer, **knobs}}
@@ -107,6 +111,19 @@ RECIPES: Final[dict[str, Document]] = {
     ),
     "galore layerwise": _in_backward("galore_adamw", SHORT),
     "galore layerwise checkpointed, tied": _in_backward("galore_adamw", SHORT, CHECKPOINTED),
+    # -- Muon, with AdamW beside it ------------------------------------------------------------
+    "muon": _asked("muon", SHORT),
+    "muon fused fp32, tied": _asked("muon", SHORT, _FP32, implementation="fused"),
+    "muon fused amp checkpointed": _asked(
+        "muon", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}, implementation="fused"
+    ),
+    "muon fused, many layers": _asked("muon", SHORT, implementation="fused"),
+    "muon single, gpt2": _asked("muon", SHORT, implementation="single"),
+    "muon fused lora": _asked("muon", SHORT, LORA, implementation="fused"),
+    "muon fused qlora checkpointed": _asked("muon", SHORT, QLORA, CHECKPOINTED),
+    "muon in backward checkpointed": _in_backward("muon", SHORT, CHECKPOINTED),
+    "muon accumulation": _asked("muon", SHORT, {"gradient_accumulation_steps": 4}),
+    "muon fp16": _asked("muon", SHORT, {"precision": "fp16"}, implementation="fused"),
     # -- torchao: the states are torchao's, the compiled step allocates nothing ------------------
     "torchao 8-bit": _asked("adamw_torch_8bit", SHORT),
     "torchao 8-bit fp32, gpt2": _asked("adamw_torch_8bit", SHORT, _FP32),
@@ -173,6 +190,9 @@ RECIPES: Final[dict[str, Document]] = {
 }
 
 MODELS: Final[dict[str, str]] = {
+    "muon fused fp32, tied": "llama-tied",
+    "muon single, gpt2": "gpt2",
+    "muon fused, many layers": "gemma3",
     "adamw single in backward, tied": "llama-tied",
     "adafactor in backward fp32 checkpointed, tied": "llama-tied",
     "adafactor in backward, gpt2": "gpt2",
@@ -209,6 +229,7 @@ FAST: Final = frozenset(
         "lomo",
         "bitsandbytes ademamix_8bit, tied",
         "radam single",
+        "muon fp16",
         "torch adafactor in backward amp",
     }
 )
