@@ -141,6 +141,11 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
         ),
         Flag("--host-memory", "/hardware/host_memory_bytes", "Memory of the host: 64GiB."),
         Flag("--confidence", "/confidence", "Share of runs that the stated interval covers."),
+        Flag(
+            "--waterfall",
+            "/waterfall",
+            "Add what each technique saves and costs, from naive full fine-tuning on.",
+        ),
     ),
 }
 

@@ -195,7 +195,16 @@ def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
 _RECIPE: Final = tuple(
     field
     for field in EstimateRequest.__struct_fields__
-    if field not in ("model", "micro_batch_size", "seq_len", "hardware", "confidence", "optimizer")
+    if field
+    not in (
+        "model",
+        "micro_batch_size",
+        "seq_len",
+        "hardware",
+        "confidence",
+        "optimizer",
+        "waterfall",
+    )
 )
 
 

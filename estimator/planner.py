@@ -34,6 +34,26 @@ class Question(Struct, frozen=True):
     gpu: Gpu | None
 
 
+class Needs(Struct, frozen=True):
+    """What a varied request needs [bytes], at which moment, and whether that fits."""
+
+    bytes: int
+    moment: str
+    verdict: Verdict
+
+
+def needs(question: Question, request: EstimateRequest) -> Needs | None:
+    """Return what a request needs of the question's model and card, None where it is refused."""
+    device = device_of(question.gpu, request)
+    try:
+        engine = engine_for(request, question.config, question.name)
+        reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
+    except EstimatorError:
+        return None
+    needed = needed_range(reading.allocated, device.constants)
+    return Needs(needed.expected, reading.moment.name, judge(needed, device.capacity.usable_bytes))
+
+
 def limits(question: Question) -> Limits:
     """Return the largest micro-batch and length that fit, and the smallest card that would do."""
     request = question.request
@@ -127,22 +147,22 @@ class _Change(Struct, frozen=True):
 
 def suggestions(question: Question) -> tuple[Suggestion, ...]:
     """Return up to three changes that make the run fit cheapest, or else save most."""
-    before = _used(question, question.request)
+    before = needs(question, question.request)
     found = []
     for change in _changes(question.request):
-        after = _used(question, _changed(question.request, change.fields))
-        if after is None or before is None or after[0] >= before[0]:
+        after = needs(question, _changed(question.request, change.fields))
+        if after is None or before is None or after.bytes >= before.bytes:
             continue
         found.append(
             Suggestion(
                 change=change.fields,
                 summary=change.summary,
-                saves_bytes=before[0] - after[0],
+                saves_bytes=before.bytes - after.bytes,
                 cost=change.cost,
-                verdict_after=after[1],
+                verdict_after=after.verdict,
             )
         )
-    settled = before is not None and before[1] in ("fits", "unknown")
+    settled = before is not None and before.verdict in ("fits", "unknown")
     return tuple(sorted(found, key=_most_saved if settled else _cheapest_that_fits)[:SHOWN])
 
 
@@ -156,21 +176,7 @@ def _cheapest_that_fits(each: Suggestion) -> tuple[int, int, int]:
     return (fits, _RANK[each.cost] if fits == 0 else 0, -each.saves_bytes)
 
 
-def _used(question: Question, request: EstimateRequest | None) -> tuple[int, Verdict] | None:
-    """Return the memory that is needed and the verdict of a request, None where it is refused."""
-    if request is None:
-        return None
-    device = device_of(question.gpu, request)
-    try:
-        engine = engine_for(request, question.config, question.name)
-        reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
-    except EstimatorError:
-        return None
-    needed = needed_range(reading.allocated, device.constants)
-    return needed.expected, judge(needed, device.capacity.usable_bytes)
-
-
-def _changed(request: EstimateRequest, fields: dict[str, Any]) -> EstimateRequest | None:
+def _changed(request: EstimateRequest, fields: dict[str, Any]) -> EstimateRequest:
     return convert_request({**request.to_dict(), **fields})
 
 

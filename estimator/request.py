@@ -179,6 +179,7 @@ class EstimateRequest(Section, frozen=True):
     hardware: Hardware = Hardware()
     software: Software = Software()
     confidence: Annotated[float, Meta(ge=0.5, le=0.9999)] = 0.95
+    waterfall: bool = False
 
 
 # HF's `TrainingArguments.optim` names, and what each is in our words.

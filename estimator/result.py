@@ -127,12 +127,40 @@ class Suggestion(Struct, frozen=True):
     verdict_after: Verdict
 
 
+class WaterfallStep(Struct, frozen=True):
+    """One step from naive full fine-tuning to the requested recipe.
+
+    Args:
+        summary: the technique that this step adds; the first is the start, which adds none.
+        change: the fields of the request that it sets.
+        saves_bytes: how much less the run needs than a step before; negative where it needs more,
+            and 0 where another moment of the step is the peak, which a later technique lowers.
+        worth_bytes: how much more the requested run would need without it; None where the other
+            techniques have no answer without it.
+        needed_bytes: what the run needs with it, as `peak.needed_bytes.expected`.
+        moment: where the step peaks with it.
+        cost, price: what it costs, as a class and in words.
+    """
+
+    summary: str
+    change: dict[str, Any]
+    saves_bytes: int
+    worth_bytes: int | None
+    needed_bytes: int
+    moment: str
+    verdict: Verdict
+    cost: Literal["none", "slower", "changes training"]
+    price: str
+
+
 class Result(Struct, frozen=True):
     """The whole answer to one request.
 
     Args:
         breakdown: what is allocated at the peak; its rows sum to `peak.allocated_bytes.expected`.
         outside: what lies between that and `peak.device_used_bytes.expected`.
+        waterfall: what each technique saves, where the request asks for it; its last step needs
+            what the request needs.
     """
 
     schema: Literal["estimate/v1"]
@@ -149,6 +177,7 @@ class Result(Struct, frozen=True):
     suggestions: tuple[Suggestion, ...]
     request: dict[str, Any]
     outside: tuple[ResultRow, ...] = ()
+    waterfall: tuple[WaterfallStep, ...] = ()
     assumptions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     not_modelled: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from estimator.planner import Question, limits, suggestions
 from estimator.request import EstimateRequest, InlineModel, parse_request
 from estimator.result import Result
 from estimator.verdict import sentence
+from estimator.waterfall import waterfall
 
 
 def estimate(
@@ -45,6 +46,7 @@ def estimate(
         result,
         limits=limits(question),
         suggestions=found,
+        waterfall=waterfall(question) if request.waterfall else (),
         message=sentence(result.verdict, result.peak, result.capacity, found),
     )
 

@@ -44,6 +44,7 @@ _NOT_MODELLED: Final = (
     "gradient clipping and the loss scale of fp16 autocast: scalars",
     "cuDNN attention, which newer torch prefers on Hopper and Blackwell: traced as flash attention",
 )
+_NO_WATERFALL: Final = "the dry run answers one recipe; ask the analytic engine for the waterfall"
 _ASSUMPTIONS: Final = (
     "every token id of a batch is different as far as the embedding's backward is concerned",
 )
@@ -89,7 +90,7 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
             NEEDED.reason.reason,
             device.constants.context_source.reason,
         ),
-        notes=run.notes,
+        notes=(*run.notes, *((_NO_WATERFALL,) if request.waterfall else ())),
         not_modelled=_NOT_MODELLED,
         versions=versions(),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from estimator.result import COMPONENTS, Result
+from estimator.result import COMPONENTS, Result, WaterfallStep
 from estimator.units import GiB, gib
 
 # What the driver counts beside the allocated tensors; drawn after the components.
@@ -175,4 +175,33 @@ def _ticks(scale: int) -> tuple[Mark, ...]:
     return tuple(
         _mark(f"{size // GiB} GiB" if step >= GiB else f"{size * 1024 // GiB} MiB", size, scale)
         for size in range(0, scale, step)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fall:
+    """One step of the waterfall: its widths are in percent of the drawing.
+
+    Args:
+        needed: the width of what the run needs with this technique.
+        saved: the width of what the technique took away, drawn behind it.
+    """
+
+    step: WaterfallStep
+    needed: float
+    saved: float
+
+
+def waterfall_bars(result: Result) -> tuple[Fall, ...]:
+    """Return a bar for each step of the waterfall, all on one scale."""
+    steps = result.waterfall
+    whole = max((step.needed_bytes + max(step.saves_bytes, 0) for step in steps), default=0)
+    scale = 100 / whole if whole else 0.0
+    return tuple(
+        Fall(
+            step,
+            round(step.needed_bytes * scale, 3),
+            round(max(step.saves_bytes, 0) * scale, 3),
+        )
+        for step in steps
     )

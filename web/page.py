@@ -17,7 +17,7 @@ from estimator.errors import EstimatorError, UnknownGpuError
 from estimator.request import parse_request
 from estimator.result import Result, Suggestion
 from web import form, plotly_bundle, problems
-from web.chart import peak_chart, timeline_chart
+from web.chart import peak_chart, timeline_chart, waterfall_bars
 from web.door import answer
 from web.listing import gpu_list, model_list
 from web.shield import Metrics
@@ -109,6 +109,7 @@ def _view(pairs: Pairs, metrics: Metrics) -> tuple[dict[str, Any], int]:
         "problem": None,
         "peak": None,
         "timeline": None,
+        "waterfall": (),
         "suggestions": (),
         "command": None,
         "request_json": None,
@@ -126,6 +127,7 @@ def _view(pairs: Pairs, metrics: Metrics) -> tuple[dict[str, Any], int]:
         "result": result,
         "peak": peak_chart(result),
         "timeline": timeline_chart(result),
+        "waterfall": waterfall_bars(result),
         "suggestions": _suggestions(pairs, result),
         "command": form.command(pairs),
         "request_json": json.dumps(document, indent=2),

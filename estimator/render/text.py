@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from msgspec import Struct
 
+from estimator.render.waterfall import PRICES, write_waterfall
 from estimator.result import ComponentRows, Range, Result, Suggestion, Verdict
 from estimator.units import gib
 
@@ -31,12 +32,9 @@ VERDICTS: Final[dict[Verdict, str]] = {
     "does_not_fit": "does not fit",
     "unknown": "is unknown",
 }
-_PRICES: Final[dict[str, str]] = {
-    "none": "no cost",
-    "slower": "slower",
-    "changes training": "changes training",
-}
-_ASCII: Final = str.maketrans({"×": "x", "·": "-", "█": "#", "─": "-", "–": "-", "…": "..."})
+_ASCII: Final = str.maketrans(
+    {"×": "x", "·": "-", "█": "#", "░": ".", "─": "-", "–": "-", "…": "..."}
+)
 
 
 class Page(Struct, frozen=True):
@@ -92,6 +90,7 @@ def to_text(result: Result, page: Page = PLAIN) -> str:
     console.print(_breakdown(result, page))
     console.print(_quantities(result, page))
     _write_timeline(console, result, page)
+    write_waterfall(console, result)
     _write_limits(console, result)
     _write_suggestions(console, result.suggestions[:SUGGESTIONS_SHOWN])
     _write_list(console, "Assumed", result.assumptions)
@@ -317,7 +316,7 @@ def _write_suggestions(console: Console, suggestions: Iterable[Suggestion]) -> N
             console.print("Suggestions", style="bold")
         console.print(f"  {number}. {printable(suggestion.summary)}")
         console.print(
-            f"     saves {gib(suggestion.saves_bytes)} · {_PRICES[suggestion.cost]}"
+            f"     saves {gib(suggestion.saves_bytes)} · {PRICES[suggestion.cost]}"
             f" · then it {VERDICTS[suggestion.verdict_after]}"
         )
 

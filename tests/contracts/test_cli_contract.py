@@ -42,7 +42,7 @@ FROZEN_FLAGS = """
 --label-smoothing-factor --framework --framework-version
 --strategy --dp-replicate --dp-shard --tp --sequence-parallel --cp --pp --ep --zero-stage
 --reshard-after-forward --offload-params --offload-optimizer
---gpu --num-gpus --memory --reserved-by-others --host-memory --confidence
+--gpu --num-gpus --memory --reserved-by-others --host-memory --confidence --waterfall
 """
 OWN_FLAGS = """
 --request --json --explain --quiet --engine --fail-on --offline --no-color --version

@@ -21,6 +21,7 @@ ORDER = (
     ("engines", "flags", "nvml", "render", "request_file"),
     ("plugins",),
     ("service",),
+    ("waterfall",),
     ("planner",),
     ("pipeline",),
     ("breakdown", "resolve"),

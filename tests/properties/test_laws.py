@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from hypothesis import given, settings
@@ -94,6 +95,18 @@ def test_what_is_alive_at_a_moment_sums_to_the_moment(document):
         assert moment.alive.polynomial() == moment.total
         assert all(entry.count > 0 for entry in moment.alive.entries)
         assert moment.bytes_at(powers(b, s)) > 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(documents())
+def test_the_waterfall_starts_naive_and_ends_at_what_is_needed(document):
+    result = answer({**document, "waterfall": True})
+    if result is None:
+        return
+    steps = result.waterfall
+    assert steps[-1].needed_bytes == result.peak.needed_bytes.expected
+    for before, after in itertools.pairwise(steps):
+        assert before.needed_bytes - after.saves_bytes == after.needed_bytes
 
 
 @settings(max_examples=8, deadline=None)

@@ -123,3 +123,16 @@ def test_plotly_comes_from_the_installed_package_and_is_kept_by_the_browser(clie
     assert b"plotly.js" in response.content[:200]
     plain = client.get(path, headers={"Accept-Encoding": "identity"})
     assert plain.content == response.content
+
+
+def test_the_waterfall_is_a_table_when_it_is_asked_for(client):
+    query = {**QUERY, "waterfall": "true"}
+    text = html.unescape(client.get("/", params=query).text)
+    run = {"model": "llama-3.1-8b", "method": "qlora", "hardware": {"gpu": "rtx-4090"}}
+    steps = client.post("/v1/estimate", json={**run, "waterfall": True}).json()["waterfall"]
+    assert len(steps) > 3
+    for step in steps:
+        assert step["summary"] in text
+        assert gib(step["needed_bytes"]) in text
+        assert step["price"] in text
+    assert 'id="waterfall-steps"' not in client.get("/", params=QUERY).text
