@@ -28,5 +28,9 @@ class Optimizer(Section, frozen=True):
         float | None, Meta(description="First moment of Adafactor; none: it keeps no momentum.")
     ] = None
     rank: Annotated[
-        int, Meta(ge=1, le=1_000_000, description="Rank of GaLore's projected gradients.")
+        int, Meta(ge=1, le=1_000_000, description="Rank of GaLore's and APOLLO's projections.")
     ] = 128
+    scale_type: Annotated[
+        Literal["channel", "tensor"] | None,
+        Meta(description="What APOLLO scales by one factor; none: each channel."),
+    ] = None

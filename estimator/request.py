@@ -193,6 +193,8 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "paged_adamw": {"name": "paged_adamw_32bit"},
     "paged_lion": {"name": "paged_lion_32bit"},
     "galore_adamw_layerwise": {"name": "galore_adamw", "in_backward": True},
+    "apollo_adamw_layerwise": {"name": "apollo_adamw", "in_backward": True},
+    "apollo_mini": {"name": "apollo_adamw", "rank": 1, "scale_type": "tensor"},
     "rmsprop_bnb": {"name": "rmsprop_bnb_32bit"},
     "paged_adamw8bit": {"name": "paged_adamw_8bit"},
     "sgd_momentum": {"name": "sgd", "momentum": 0.9},
@@ -234,6 +236,7 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
     "code",
     "vblora": "method 'vera' shares matrices too",
     "galore": "ask for optimizer 'galore_adamw'",
+    "apollo": "ask for optimizer 'apollo_adamw'",
     "lomo": "ask for optimizer 'lomo'",
     "adalomo": "ask for optimizer 'adalomo'",
 }

@@ -170,6 +170,16 @@ SOURCES: Final[dict[str, Source]] = {
         "galore-torch 1.0, GaLore",
         "https://github.com/jiaweizzhao/GaLore/blob/master/galore_torch",
     ),
+    "apollo-torch": Source(
+        "code",
+        "apollo-torch 1.0.3, APOLLO",
+        "https://github.com/zhuhanqing/APOLLO/blob/main/apollo_torch",
+    ),
+    "hf-trainer-optimizer": Source(
+        "code",
+        "transformers 5.23.0, the Trainer's optimizers",
+        f"{_HF}/src/transformers/trainer_optimizer.py",
+    ),
     "hf-trainer": Source(
         "code", "transformers 5.23.0, Trainer", f"{_HF}/src/transformers/trainer.py"
     ),

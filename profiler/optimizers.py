@@ -12,7 +12,7 @@ from estimator.errors import InvalidRequestError, MissingDependencyError
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
-from profiler import lowmem, together
+from profiler import low_rank, lowmem, together
 from profiler.unroll import Shortening
 
 if TYPE_CHECKING:
@@ -461,29 +461,15 @@ def _schedule_free(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> An
 
 
 def _galore(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    """Return GaLore's AdamW over all linear layers; projectors are renewed at every step.
-
-    Source: transformers, trainer_optimizer.py, _setup_low_rank_optimizer.
-    """
-    import torch
-
     _refuse_implementation(asked)
-    targets = {
-        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)
-    }
-    tables = {
-        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
-    }
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    targets -= tables
-    settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
-    split = (
-        {"params": [each for each in parameters if id(each) not in targets]},
-        {"params": [each for each in parameters if id(each) in targets], **settings},
-    )
-    galore = _library("galore_torch", "galore-torch", asked)
-    chosen = [group for group in split if group["params"]]
-    return galore.GaLoreAdamW(chosen, lr=LEARNING_RATE, no_deprecation_warning=True)
+    library = _library("galore_torch", "galore-torch", asked)
+    return low_rank.galore(library, model, groups, asked, LEARNING_RATE)
+
+
+def _apollo(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    _refuse_implementation(asked)
+    library = _library("apollo_torch", "apollo-torch", asked)
+    return low_rank.apollo(library, model, groups, asked, LEARNING_RATE)
 
 
 def _torchao(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
@@ -606,6 +592,7 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "schedule_free_radam": _schedule_free,
     "schedule_free_sgd": _schedule_free,
     "galore_adamw": _galore,
+    "apollo_adamw": _apollo,
     "lowmem_adafactor": _lowmem_adafactor,
     "adamw_torch_8bit": _torchao,
     "adamw_torch_4bit": _torchao,

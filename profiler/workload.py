@@ -204,6 +204,8 @@ def start(
 
 def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
     """Yield what lives before the first step: the tensor, its owner, what it is, its component."""
+    import torch
+
     for path, parameter in job.model.named_parameters():
         for name, tensor in quantized.parts(parameter).items():
             yield tensor, f"{path}{name}", "parameter", "weights"
@@ -217,7 +219,7 @@ def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
         yield buffer, path, "buffer", "buffers"
     paths = {id(parameter): path for path, parameter in job.model.named_parameters()}
     for parameter, state in job.optimizer.state.items():
-        for tensor in state.values():
+        for tensor in filter(torch.is_tensor, state.values()):
             yield tensor, paths[id(parameter)], "master copy", "optimizer_states"
     for name, table in getattr(job.optimizer, "name2qmap", {}).items():
         yield table, "", f"code book {name}", "optimizer_states"

@@ -35,7 +35,7 @@ FROZEN_FLAGS = """
 --quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
---optimizer-rank
+--optimizer-rank --optimizer-scale-type
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing
 --activation-checkpointing --attention --loss --kernels
 --keep-outputs --use-cache --set-to-none --neftune-noise-alpha

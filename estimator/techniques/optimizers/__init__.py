@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from estimator.run import OptimizerChoice
+from estimator.techniques.optimizers.apollo import APOLLO
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
 from estimator.techniques.optimizers.lomo import LOMO
 from estimator.techniques.optimizers.low_rank import LOW_RANK
@@ -25,6 +26,7 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **LOMO,
     **LOWMEM,
     **LOW_RANK,
+    **APOLLO,
     **SMALL_LIBRARIES,
     **TORCHAO,
 }
@@ -39,8 +41,6 @@ REFUSED: Final[dict[str, str]] = {
     "galore_adamw_8bit_layerwise": "no source has been followed yet; use in_backward",
     "galore_adafactor_layerwise": "no source has been followed yet; use in_backward",
     "grokadamw": "no source has been followed yet; use 'adamw'",
-    "apollo_adamw": "no source has been followed yet; use 'adamw_8bit'",
-    "apollo_adamw_layerwise": "no source has been followed yet; use in_backward",
     "stable_adamw": "no source has been followed yet; use 'adamw'",
 }
 

@@ -49,12 +49,8 @@ def _step(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> 
     Source: galore-torch, adamw.py, AdamW.step.
     """
     name: dict[str, Scratch] = {}
-    others = tuple(each for each in tensors if not each.in_linear)
-    linears = tuple(each for each in tensors if each.in_linear)
-    for each in in_turn(others):
-        name.pop("grad", None)
-        name["denom"] = step.like(each)
-        name["norm_grad"] = step.like(each)
+    others, linears = split_linears(tensors)
+    step_in_full(step, others, name)
     for each in in_turn(linears):
         name.pop("grad", None)
         low = _low(each, choice)
@@ -63,6 +59,26 @@ def _step(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> 
         name["denom"] = step.new(low)
         name["norm_grad"] = step.new(low)
         name["norm_grad"] = step.like(each, step.like(each))  # full_rank_grad * scale
+
+
+def split_linears(
+    tensors: tuple[Trained, ...],
+) -> tuple[tuple[Trained, ...], tuple[Trained, ...]]:
+    """Return what is not projected and the weights of linear layers, as the Trainer groups them.
+
+    Source: hf-trainer-optimizer, _setup_low_rank_optimizer.
+    """
+    return (
+        tuple(each for each in tensors if not each.in_linear),
+        tuple(each for each in tensors if each.in_linear),
+    )
+
+
+def step_in_full(step: Step, tensors: tuple[Trained, ...], name: dict[str, Scratch]) -> None:
+    """Run Adam on what is not projected; its names live on."""
+    for each in in_turn(tensors):
+        name["denom"] = step.like(each)
+        name["norm_grad"] = step.like(each)
 
 
 def _renew(step: Step, each: Trained, choice: OptimizerChoice) -> None:

@@ -124,6 +124,19 @@ RECIPES: Final[dict[str, Document]] = {
     "muon in backward checkpointed": _in_backward("muon", SHORT, CHECKPOINTED),
     "muon accumulation": _asked("muon", SHORT, {"gradient_accumulation_steps": 4}),
     "muon fp16": _asked("muon", SHORT, {"precision": "fp16"}, implementation="fused"),
+    "apollo": _asked("apollo_adamw", SHORT),
+    "apollo-mini": _asked("apollo_mini", SHORT),
+    "apollo fp32, tied": _asked("apollo_adamw", SHORT, _FP32),
+    "apollo amp checkpointed rank 64": _asked(
+        "apollo_adamw", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}, rank=64
+    ),
+    "apollo of a rank beyond the matrix, gpt2": _asked("apollo_adamw", SHORT, rank=1300),
+    "apollo, long": _asked("apollo_adamw", CHECKPOINTED),
+    "apollo accumulated": _asked("apollo_adamw", SHORT, {"gradient_accumulation_steps": 2}),
+    "apollo layerwise": _asked("apollo_adamw_layerwise", SHORT),
+    "apollo-mini layerwise checkpointed, tied": _in_backward(
+        "apollo_adamw", SHORT, CHECKPOINTED, rank=1, scale_type="tensor"
+    ),
     # -- torchao: the states are torchao's, the compiled step allocates nothing ------------------
     "torchao 8-bit": _asked("adamw_torch_8bit", SHORT),
     "torchao 8-bit fp32, gpt2": _asked("adamw_torch_8bit", SHORT, _FP32),
@@ -207,6 +220,9 @@ MODELS: Final[dict[str, str]] = {
     "galore rank 300, tied": "llama-tied",
     "galore fp32, tied": "llama-tied",
     "galore layerwise checkpointed, tied": "llama-tied",
+    "apollo fp32, tied": "llama-tied",
+    "apollo of a rank beyond the matrix, gpt2": "gpt2",
+    "apollo-mini layerwise checkpointed, tied": "llama-tied",
     "lomo fp32 checkpointed, tied": "llama-tied",
     "lomo amp, gpt2": "gpt2",
     "adalomo fp32 checkpointed, tied": "llama-tied",
@@ -225,6 +241,7 @@ MODELS: Final[dict[str, str]] = {
 
 FAST: Final = frozenset(
     {
+        "apollo",
         "adamw single in backward, tied",
         "lomo",
         "bitsandbytes ademamix_8bit, tied",

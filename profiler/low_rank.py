@@ -1,0 +1,62 @@
+"""Optimizers that project gradients to a low rank, as the Trainer builds them, on fake tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from estimator.optimizer import Optimizer
+
+
+def galore(
+    library: Any, model: Any, groups: list[dict[str, Any]], asked: Optimizer, lr: float
+) -> Any:
+    """Return GaLore's AdamW over all linear layers; projectors are renewed at every step."""
+    settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
+    chosen = _split(model, groups, settings)
+    return library.GaLoreAdamW(chosen, lr=lr, no_deprecation_warning=True)
+
+
+def apollo(
+    library: Any, model: Any, groups: list[dict[str, Any]], asked: Optimizer, lr: float
+) -> Any:
+    """Return APOLLO over all linear layers; projectors are drawn anew at every step.
+
+    The seed of the next projector is a number that is read out of a tensor on the host; fake ones
+    have none, so here it is the next integer.
+    """
+    from apollo_torch import random_projector  # type: ignore[import-untyped]  # it has no types
+
+    random_projector.next_seed = lambda seed: seed + 1
+    settings = {
+        "rank": asked.rank,
+        "proj": "random",
+        "scale_type": asked.scale_type or "channel",
+        "update_proj_gap": 1,
+        "scale": 1.0,
+        "proj_type": "std",
+    }
+    return library.APOLLOAdamW(_split(model, groups, settings), lr=lr)
+
+
+def _split(
+    model: Any, groups: list[dict[str, Any]], settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return what is not projected, and the weights of linear layers with their settings.
+
+    Source: transformers, trainer_optimizer.py, _setup_low_rank_optimizer.
+    """
+    import torch
+
+    targets = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)
+    }
+    # A tied head goes by the name of the table.
+    targets -= {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    split = (
+        {"params": [each for each in parameters if id(each) not in targets]},
+        {"params": [each for each in parameters if id(each) in targets], **settings},
+    )
+    return [group for group in split if group["params"]]
