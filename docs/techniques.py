@@ -35,6 +35,7 @@ AREAS: Final[dict[str, str]] = {
     "methods": "Partial training, adapters, ReFT, training without backward",
     "quantization": "Quantization and precision",
     "optimizers": "Optimizers and their step",
+    "low_rank": "Low-rank optimizers and training in blocks",
     "execution": "Checkpointing, attention, packing, compilation",
     "loss": "Losses and kernels",
     "software": "Frameworks with model code of their own",

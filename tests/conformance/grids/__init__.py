@@ -12,6 +12,7 @@ from tests.conformance.grids import (
     execution,
     lora,
     loss,
+    low_rank,
     methods,
     optimizers,
     peft,
@@ -29,5 +30,5 @@ class Grid(Protocol):
 
 
 GRIDS: Final[tuple[Grid, ...]] = (
-    execution, lora, loss, methods, optimizers, peft, quantization, software,
+    execution, lora, loss, low_rank, methods, optimizers, peft, quantization, software,
 )  # fmt: skip

@@ -103,14 +103,6 @@ RECIPES: Final[dict[str, Document]] = {
     "schedule-free radam": _asked("schedule_free_radam", SHORT),
     "schedule-free sgd": _asked("schedule_free_sgd", SHORT),
     "schedule-free sgd fp32, gpt2": _asked("schedule_free_sgd", SHORT, _FP32),
-    "galore": _asked("galore_adamw", SHORT),
-    "galore rank 300, tied": _asked("galore_adamw", SHORT, CHECKPOINTED, rank=300),
-    "galore fp32, tied": _asked("galore_adamw", SHORT, _FP32),
-    "galore amp checkpointed": _asked(
-        "galore_adamw", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}, rank=64
-    ),
-    "galore layerwise": _in_backward("galore_adamw", SHORT),
-    "galore layerwise checkpointed, tied": _in_backward("galore_adamw", SHORT, CHECKPOINTED),
     # -- Muon, with AdamW beside it ------------------------------------------------------------
     "muon": _asked("muon", SHORT),
     "muon fused fp32, tied": _asked("muon", SHORT, _FP32, implementation="fused"),
@@ -124,19 +116,6 @@ RECIPES: Final[dict[str, Document]] = {
     "muon in backward checkpointed": _in_backward("muon", SHORT, CHECKPOINTED),
     "muon accumulation": _asked("muon", SHORT, {"gradient_accumulation_steps": 4}),
     "muon fp16": _asked("muon", SHORT, {"precision": "fp16"}, implementation="fused"),
-    "apollo": _asked("apollo_adamw", SHORT),
-    "apollo-mini": _asked("apollo_mini", SHORT),
-    "apollo fp32, tied": _asked("apollo_adamw", SHORT, _FP32),
-    "apollo amp checkpointed rank 64": _asked(
-        "apollo_adamw", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}, rank=64
-    ),
-    "apollo of a rank beyond the matrix, gpt2": _asked("apollo_adamw", SHORT, rank=1300),
-    "apollo, long": _asked("apollo_adamw", CHECKPOINTED),
-    "apollo accumulated": _asked("apollo_adamw", SHORT, {"gradient_accumulation_steps": 2}),
-    "apollo layerwise": _asked("apollo_adamw_layerwise", SHORT),
-    "apollo-mini layerwise checkpointed, tied": _in_backward(
-        "apollo_adamw", SHORT, CHECKPOINTED, rank=1, scale_type="tensor"
-    ),
     # -- torchao: the states are torchao's, the compiled step allocates nothing ------------------
     "torchao 8-bit": _asked("adamw_torch_8bit", SHORT),
     "torchao 8-bit fp32, gpt2": _asked("adamw_torch_8bit", SHORT, _FP32),
@@ -217,12 +196,6 @@ MODELS: Final[dict[str, str]] = {
     "lion fp32, gpt2": "gpt2",
     "schedule-free adamw amp, tied": "llama-tied",
     "schedule-free sgd fp32, gpt2": "gpt2",
-    "galore rank 300, tied": "llama-tied",
-    "galore fp32, tied": "llama-tied",
-    "galore layerwise checkpointed, tied": "llama-tied",
-    "apollo fp32, tied": "llama-tied",
-    "apollo of a rank beyond the matrix, gpt2": "gpt2",
-    "apollo-mini layerwise checkpointed, tied": "llama-tied",
     "lomo fp32 checkpointed, tied": "llama-tied",
     "lomo amp, gpt2": "gpt2",
     "adalomo fp32 checkpointed, tied": "llama-tied",
@@ -241,7 +214,6 @@ MODELS: Final[dict[str, str]] = {
 
 FAST: Final = frozenset(
     {
-        "apollo",
         "adamw single in backward, tied",
         "lomo",
         "bitsandbytes ademamix_8bit, tied",
