@@ -199,12 +199,12 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
 
 
 def _refuse_contradictions(request: EstimateRequest, optimizer: OptimizerChoice) -> None:
-    if request.quantization is not None:
-        request.method.refuse(request.quantization.name)
     if request.quantization is not None and request.method.trains_base:
         raise InvalidRequestError(
             "quantized weights cannot be trained; choose method 'lora' (together they are QLoRA)"
         )
+    if request.quantization is not None:
+        request.method.refuse(request.quantization.name)
     if request.quantization is not None and request.precision not in ("bf16", "fp16", "fp32"):
         raise InvalidRequestError(
             f"precision {request.precision!r} does not go with packed weights; choose bf16, fp16 "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import strategies as st
 
+from estimator.request import METHOD_ALIASES, METHODS, QUANTIZATIONS, EstimateRequest
 from estimator.techniques.execution import CHECKPOINTING
+from estimator.techniques.kernels import KERNELS
+from estimator.techniques.loss import FUSED_LOSSES
+from estimator.techniques.optimizers import OPTIMIZERS
+from tests.conformance.cases import MODELS
 
 ATTENTION = ("eager", "sdpa", "sdpa_math", "flash_attention_2", "flash_attention_3")
 SETTINGS: dict[str, Any] = {"max_examples": 20, "deadline": None}
@@ -66,4 +71,62 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         },
         "hardware": {"gpu": draw(st.sampled_from([None, "rtx-4090", "h200-141gb-sxm"]))},
     }  # fmt: skip
+    return document
+
+
+def _choices(field: str) -> tuple[str, ...]:
+    """Return the words that a field of the request takes."""
+    return get_args(EstimateRequest.__annotations__[field])
+
+
+# Every technique that there is, read from the tables: a new one is drawn without being named here.
+TECHNIQUES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "optimizer": st.sampled_from(sorted(OPTIMIZERS)).map(
+        lambda name: {"optimizer": {"name": name, **dict.fromkeys(OPTIMIZERS[name].needs, 0.9)}}
+    ),
+    "in backward": st.sampled_from(sorted(OPTIMIZERS)).map(
+        lambda name: {"optimizer": {"name": name, "in_backward": True}}
+    ),
+    "quantization": st.sampled_from(QUANTIZATIONS).map(lambda kind: {"quantization": kind().name}),
+    "precision": st.sampled_from(_choices("precision")).map(lambda word: {"precision": word}),
+    "autocast": st.sampled_from(["bf16", "fp16"]).map(lambda word: {"autocast": word}),
+    "attention": st.sampled_from(_choices("attention")).map(lambda word: {"attention": word}),
+    "loss": st.sampled_from(sorted(FUSED_LOSSES)).map(lambda word: {"loss": word}),
+    "kernels": st.sampled_from(sorted(KERNELS)).map(lambda word: {"kernels": [word]}),
+    "checkpointing": st.sampled_from([*CHECKPOINTING, "every_3_offload"]).map(
+        lambda word: {"activation_checkpointing": word}
+    ),
+    "batch": st.sampled_from(["padding", "packing"]).map(lambda word: {word: True}),
+    "accumulation": st.integers(2, 4).map(lambda steps: {"gradient_accumulation_steps": steps}),
+    "loop": st.sampled_from(
+        [
+            {"keep_outputs": True},
+            {"keep_outputs": True, "use_cache": True},
+            {"set_to_none": False},
+            {"neftune_noise_alpha": 5.0},
+            {"label_smoothing_factor": 0.1},
+        ]
+    ).map(lambda loop: {"loop": loop}),
+    "software": st.sampled_from(["trl", {"framework": "transformers", "version": "4"}]).map(
+        lambda software: {"software": software}
+    ),
+}
+METHOD_NAMES = tuple(sorted({kind().name for kind in METHODS} | METHOD_ALIASES.keys()))
+
+
+@st.composite
+def combinations(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a method and up to four other techniques over a model of any family.
+
+    Many combinations are refused by name; `test_most_combinations_are_answered` keeps an eye on it.
+    """
+    document: dict[str, Any] = {
+        "model": {"config": draw(st.sampled_from(sorted(MODELS)).map(MODELS.__getitem__))},
+        "method": draw(st.one_of(st.just("full"), st.just("lora"), st.sampled_from(METHOD_NAMES))),
+        "micro_batch_size": draw(st.integers(1, 4)),
+        "seq_len": draw(st.integers(1, 900)),
+    }
+    chosen = draw(st.lists(st.sampled_from(sorted(TECHNIQUES)), max_size=4, unique=True))
+    for name in chosen:
+        document |= draw(TECHNIQUES[name])
     return document
