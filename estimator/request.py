@@ -21,6 +21,7 @@ from estimator.errors import (
 from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.method import Method as AnyMethod
+from estimator.techniques.methods.adalora import AdaLora
 from estimator.techniques.methods.boft import Boft
 from estimator.techniques.methods.fourierft import FourierFt
 from estimator.techniques.methods.full import Full
@@ -77,6 +78,7 @@ Method = (
     | PfeifferAdapter
     | LoReft
     | Vera
+    | AdaLora
     | Mezo
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
@@ -230,8 +232,6 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
     "choice of its layers does",
     "badam": "method 'partial' with last_layers 1 holds what one of its blocks does, but for the "
     "fp32 copy of the block",
-    "adalora": "method 'lora' with r=init_r has its adapters, but not the vectors and the "
-    "orthogonality term of its loss",
     "adaption_prompt": "method 'llama_adapter' with software 'litgpt' is the same idea in another "
     "code",
     "vblora": "method 'vera' shares matrices too",

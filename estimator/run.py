@@ -49,6 +49,7 @@ class Run(Struct, frozen=True):
         loss: which version of the standard loss runs.
         prompt_tokens: virtual tokens that are put before the text, so that all layers see them.
         prefix_tokens: virtual tokens whose keys and values lie in the cache of every layer.
+        keeps_importance: the loop keeps AdaLoRA's three scores of every adapter weight.
         forward_only: the step evaluates the loss and has no backward pass (MeZO).
     """
 
@@ -65,6 +66,7 @@ class Run(Struct, frozen=True):
     loss: str = "transformers-5"
     prompt_tokens: int = 0
     prefix_tokens: int = 0
+    keeps_importance: bool = False
     forward_only: bool = False
 
     def batch(self, micro_batch_size: int, seq_len: int) -> tuple[int, int]:

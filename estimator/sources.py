@@ -350,6 +350,11 @@ SOURCES: Final[dict[str, Source]] = {
         "Prefix-tuning: optimizing continuous prompts for generation",
         "https://arxiv.org/abs/2101.00190",
     ),
+    "zhang2023": Source(
+        "paper",
+        "AdaLoRA: adaptive budget allocation for parameter-efficient fine-tuning",
+        "https://arxiv.org/abs/2303.10512",
+    ),
     "kopiczko2023": Source(
         "paper", "VeRA: vector-based random matrix adaptation", "https://arxiv.org/abs/2310.11454"
     ),

@@ -21,9 +21,12 @@ from estimator.techniques.methods.partial import Partial
 from profiler import quantized, stack
 
 # Knobs that are no arguments of the configuration: `adapter_dtype` is one of `get_peft_model`,
-# `loraplus_lr_ratio` belongs to the optimizer, and how adapters start (`init_lora_weights`) reads
-# the weights that a meta model does not have, and changes none of what the training step holds.
-_NOT_CONFIGURATION: Final = frozenset({"adapter_dtype", "loraplus_lr_ratio", "init_lora_weights"})
+# `loraplus_lr_ratio` belongs to the optimizer, `update_and_allocate` to the loop, and how adapters
+# start (`init_lora_weights`) reads the weights that a meta model does not have, and changes none of
+# what the training step holds.
+_NOT_CONFIGURATION: Final = frozenset(
+    {"adapter_dtype", "loraplus_lr_ratio", "init_lora_weights", "update_and_allocate"}
+)
 
 
 def _partial(model: Any, request: EstimateRequest) -> Any:

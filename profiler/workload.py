@@ -103,6 +103,9 @@ class Workload:
                 self._micro_step(inputs, phase)
         phase(trace.OPTIMIZER_STEP)
         self.optimizer.step()
+        if getattr(self.request.method, "update_and_allocate", False):
+            # Before `tinit` only the scores are kept; cutting ranks needs values, and no more room.
+            self.model.base_model.update_and_allocate(0)
         phase(trace.OPTIMIZER_STEP)
         self.optimizer.zero_grad(set_to_none=self.request.loop.set_to_none)
 

@@ -170,14 +170,18 @@ def mean_last(x: Tensor) -> Tensor:
     return out
 
 
-def mul(x: Operand, y: Operand, name: str = "mul") -> Tensor:
+def mul(x: Operand, y: Operand, name: str = "mul", tape: Tape | None = None) -> Tensor:
     """Multiply two tensors; each is saved if the other wants a gradient.
 
     The result has the shape of the larger operand. Backward makes every product in full and sums
     it down to a smaller operand's shape afterwards.
+
+    Args:
+        tape: where neither is a tensor of a tape, but both are parameters.
     """
     big = _larger(x, y)
-    tape = x.tape if isinstance(x, Tensor) else y.tape  # type: ignore[union-attr]
+    if tape is None:
+        tape = x.tape if isinstance(x, Tensor) else y.tape  # type: ignore[union-attr]
     out = Tensor(tape, big.shape, promote(x.dtype, y.dtype), None)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:

@@ -264,6 +264,9 @@ class Tape:
         # What the optimizer does to a parameter as soon as its gradient is there, if it does.
         self.update: Update | None = None
         self.left_behind: Live | None = None
+        # What is alive when backward turns to the loss and the layers, where a term of the loss
+        # has its backward before them.
+        self.reached: Live | None = None
         self._grown = False
         self._order = 0
 

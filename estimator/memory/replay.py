@@ -18,7 +18,13 @@ from estimator.memory.caching_allocator import (
     CachingAllocator,
     OutOfMemory,
 )
-from estimator.memory.standing import kept_states, step_temporaries, trained_tensors
+from estimator.memory.standing import (
+    IMPORTANCE,
+    importance_sizes,
+    kept_states,
+    step_temporaries,
+    trained_tensors,
+)
 from estimator.memory.trace import Recording, record
 from estimator.model.spec import held
 from estimator.run import Run
@@ -89,6 +95,8 @@ def _states(run: Run) -> Iterator[int]:
     for each in trained_tensors(run):
         for _ in range(each.count):
             yield from (state.bytes(each) for state in kept if not state.managed(each))
+    for _, size, count in importance_sizes(run):
+        yield from (size for _ in range(count * len(IMPORTANCE)))
 
 
 class _Replayer:

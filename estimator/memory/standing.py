@@ -16,13 +16,15 @@ from estimator.techniques.optimizers.row import State, outer_modules
 _MASTER = Cite("micikevicius2018", "section 3.1, fp32 master copy of weights")
 _MAIN_GRADS = Cite("megatron-optimizer", "_copy_model_grads_to_main_grads")
 _MAIN_GRAD_BUFFER = Cite("megatron-ddp", "_ParamAndGradBuffer, grad_reduce_in_fp32")
+_IMPORTANCE = Cite("peft", "tuners/adalora/layer.py, RankAllocator.update_ipt")
+IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _GRAD = Cite("torch-autograd", "functions/accumulate_grad.h, AccumulateGrad")
 _BUFFER = Cite("hf-modeling", "buffers of the model class")
 
 
 def standing(run: Run) -> Ledger:
     """Return the entries that are alive at every moment from the second step on."""
-    entries = [*_weights(run), *_buffers(run), *_states(run)]
+    entries = [*_weights(run), *_buffers(run), *_states(run), *_importance(run)]
     if run.optimizer.main_gradients:
         entries += _main_gradients(run)
     elif run.accumulates:
@@ -94,6 +96,34 @@ def _states(run: Run) -> list[Entry]:
         for state in kept_states(run)
         if not state.managed(each) and state.bytes(each)
     ]  # fmt: skip
+
+
+def importance_sizes(run: Run) -> tuple[tuple[str, int, int], ...]:
+    """Return name, bytes and count of each adapter weight whose importance AdaLoRA keeps."""
+    if not run.keeps_importance:
+        return ()
+    return tuple(
+        (f"{module.name}.{weight.name}", weight.bytes, count)
+        for module, weight, count in run.spec.tensors()
+        if weight.trainable and weight.name.startswith("lora_")
+    )
+
+
+def _importance(run: Run) -> list[Entry]:
+    """Return AdaLoRA's scores, each of the size of the weight: its own, and two averages.
+
+    Source: peft, tuners/adalora/layer.py, RankAllocator.update_ipt.
+    """
+    return [
+        Entry(
+            constant_row(
+                f"{name}.{score}", "optimizer_states", "optimizer", size, f"{size} B", _IMPORTANCE
+            ),
+            count,
+        )
+        for name, size, count in importance_sizes(run)
+        for score in IMPORTANCE
+    ]
 
 
 def managed_bytes(run: Run) -> int:
@@ -240,4 +270,8 @@ def step_temporaries(run: Run) -> tuple[int, ...]:
         return ()
     if run.forward_only:
         return tuple(each.row.size[0] for each in _perturbation(run) for _ in range(each.count))
-    return temporaries(run.optimizer, trained_tensors(run))
+    update = temporaries(run.optimizer, trained_tensors(run))
+    # When the optimizer is done, an average is made anew of two products for each weight.
+    largest = max((size for _, size, _ in importance_sizes(run)), default=0)
+    averaging = (largest,) * 3 if largest else ()
+    return max(update, averaging, key=sum)

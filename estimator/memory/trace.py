@@ -185,7 +185,7 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     outputs.held.clear()
     forward.cache.clear()
     tape.batch += [*batch, loss]
-    return outputs.alive, backward_saved
+    return outputs.alive, tape.reached or backward_saved
 
 
 def _chain(run: Run) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
@@ -261,6 +261,7 @@ def _forward(
         tape.enter(last + 2)
         with tape.module("loss"):
             loss = how(forward, hidden, forward.caller_names.get("labels", batch[2]))
+            loss = _with_term(forward, kinds, loss)
         forward.caller_names.clear()
         return loss, _Outputs([], alive)
     logits = how.outputs(family.logits(forward, hidden))
@@ -279,11 +280,18 @@ def _forward(
     tape.enter(last + 2)
     with tape.module("loss"):
         loss = how(logits, forward.caller_names.get("labels", batch[2]), spec.vocab)
+        loss = _with_term(forward, kinds, loss)
     forward.caller_names.clear()
     held = [logits]
     if run.autocast is not None:
         held = [ops.cast(logits, DType.FLOAT32, "logits of the outputs in fp32")]
     return loss, _Outputs(held, alive)
+
+
+def _with_term(forward: Forward, kinds: tuple[LayerKind, ...], loss: Tensor) -> Tensor:
+    """Return the loss with what the method adds to it."""
+    term = forward.spec.loss_term
+    return loss if term is None else term.added(forward, kinds, loss)
 
 
 def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor) -> Tensor:

@@ -111,10 +111,11 @@ class Forward:
         self.tape.enter(site)
         self.modules = {module.name: module for module in modules}
 
-    def param(self, module: str, weight: Weight) -> Param:
-        """Return the parameter behind a module's weight at this site."""
+    def param(self, module: str, weight: Weight, site: int | None = None) -> Param:
+        """Return the parameter behind a module's weight at this site, or at another."""
         tied = self._tied.get(module) if weight.name == "weight" else None
-        site, name = (0, tied) if tied else (self.tape.site, module)
+        here = self.tape.site if site is None else site
+        site, name = (0, tied) if tied else (here, module)
         key = (site, name, weight.name)
         if key not in self._params:
             self._params[key] = Param(

@@ -268,6 +268,18 @@ class Family(Protocol):
         ...
 
 
+class LossTerm(Protocol):
+    """What a method adds to the loss inside the model's forward, out of its own parameters."""
+
+    def added(self, run: Any, kinds: tuple[LayerKind, ...], loss: Tensor) -> Tensor:
+        """Return the loss with the term in it.
+
+        Args:
+            kinds: the layers that this pass has run; the first is at site 1.
+        """
+        ...
+
+
 class ModelSpec(Struct, frozen=True, eq=False):
     """A causal language model.
 
@@ -284,6 +296,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
         attention_interface: attention is a function that transformers looks up by name.
         takes_positions: `position_ids` of the batch reach the mask and the embeddings.
         broadcasts_keys: sdpa gets one key head for all query heads, which no fused kernel takes.
+        loss_term: what the method adds to the loss of the model.
     """
 
     model_type: str
@@ -306,6 +319,7 @@ class ModelSpec(Struct, frozen=True, eq=False):
     broadcasts_keys: bool = False
     attention_interface: bool = True
     takes_positions: bool = True
+    loss_term: LossTerm | None = None
     notes: tuple[str, ...] = ()
 
     @property

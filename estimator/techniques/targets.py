@@ -27,6 +27,12 @@ ATTENTION: Final[Table] = {
     "opt": _QUERY_VALUE, "gpt2": ("c_attn",), "gpt_neox": _FUSED, "falcon": _FUSED,
     "bloom": _FUSED,
 }  # fmt: skip
+# AdaLoRA and VB-LoRA alike.
+ADALORA: Final[Table] = {
+    "llama": _QUERY_VALUE, "qwen2": _QUERY_VALUE, "qwen3": _QUERY_VALUE, "gemma": _QUERY_VALUE,
+    "gemma2": _QUERY_VALUE, "gemma3_text": _QUERY_VALUE, "gpt2": ("c_attn",), "gpt_neox": _FUSED,
+    "bloom": _FUSED, "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+}  # fmt: skip
 FOURIERFT: Final[Table] = {**ATTENTION, "gpt2": ("mlp.c_proj",)}
 IA3: Final[Table] = {
     "llama": ("k_proj", "v_proj", "down_proj"), "mistral": ("k_proj", "v_proj", "down_proj"),

@@ -31,8 +31,9 @@ FROZEN_FLAGS = """
 --method-oft-block-size --method-num-cayley-neumann-terms --method-boft-block-size
 --method-n-frequency --method-scaling --method-reduction-factor --method-non-linearity
 --method-layers --method-positions --method-share-weights --method-dropout --method-vera-dropout
---method-save-projection --quantization-skip-modules --quantization-quant-storage
---quantization-threshold
+--method-save-projection --method-init-r --method-target-r --method-total-step --method-tinit
+--method-tfinal --method-update-and-allocate --quantization-skip-modules
+--quantization-quant-storage --quantization-threshold
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --optimizer-rank --optimizer-scale-type

@@ -16,6 +16,7 @@ from tests.conformance.grids import (
     methods,
     optimizers,
     peft,
+    peft_adapters,
     quantization,
     software,
 )
@@ -30,5 +31,6 @@ class Grid(Protocol):
 
 
 GRIDS: Final[tuple[Grid, ...]] = (
-    execution, lora, loss, low_rank, methods, optimizers, peft, quantization, software,
+    execution, lora, loss, low_rank, methods, optimizers, peft, peft_adapters, quantization,
+    software,
 )  # fmt: skip

@@ -104,7 +104,6 @@ def test_what_the_model_has_not_is_refused_by_name(knobs, said):
     [
         ("method", "lisa"),
         ("method", "badam"),
-        ("method", "adalora"),
         ("method", "adaption_prompt"),
         ("quantization", "gptq"),
         ("quantization", "fp8"),

@@ -1,0 +1,54 @@
+"""Methods of PEFT whose adapters do more than a pair of matrices."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+Document = dict[str, Any]
+
+CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
+NF4: Final[Document] = {"quantization": {"name": "nf4"}, "autocast": "bf16"}
+SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 130}
+
+ADALORA: Final[Document] = {"method": "adalora"}
+ADALORA_ALL: Final[Document] = {
+    "method": {"name": "adalora", "target_modules": "all-linear", "lora_dropout": 0.05},
+}
+ADALORA_SCORED: Final[Document] = {"method": {"name": "adalora", "update_and_allocate": True}}
+
+RECIPES: Final[dict[str, Document]] = {
+    "adalora": ADALORA,
+    "adalora checkpointed": {**ADALORA, **CHECKPOINTED},
+    "adalora short checkpointed, every linear layer": {**ADALORA_ALL, **CHECKPOINTED, **SHORT},
+    "adalora on every linear layer": ADALORA_ALL,
+    "adalora amp": {**ADALORA, "precision": "amp_bf16"},
+    "adalora autocast": {**ADALORA_ALL, "autocast": "bf16"},
+    "adalora fp32": {**ADALORA_ALL, "precision": "fp32"},
+    "adalora nf4": {**ADALORA_ALL, **NF4, **CHECKPOINTED},
+    "adalora nf4 without autocast": {**ADALORA_ALL, "quantization": "nf4"},
+    "adalora int8": {**ADALORA, "quantization": "int8"},
+    "adalora int8 autocast": {
+        **ADALORA, "quantization": {"name": "int8", "prepare_kbit": False}, "autocast": "bf16",
+    },
+    "adalora scored": ADALORA_SCORED,
+    "adalora scored, sgd, short": {**ADALORA_SCORED, **SHORT, "optimizer": "sgd"},
+    "adalora accumulation": {**ADALORA, "gradient_accumulation_steps": 4},
+    "adalora head saved": {
+        "method": {
+            "name": "adalora", "target_modules": ["q_proj", "v_proj"],
+            "modules_to_save": ["lm_head"],
+        },
+    },
+    "adalora conv1d": ADALORA_ALL,
+    "adalora biases": {**ADALORA_ALL, **CHECKPOINTED},
+    "adalora smoothed": {**ADALORA, "loop": {"label_smoothing_factor": 0.1}},
+    "adalora fused loss": {**ADALORA, "loss": "fused_linear"},
+}  # fmt: skip
+
+MODELS: Final[dict[str, str]] = {
+    "adalora checkpointed": "llama-tied",
+    "adalora conv1d": "gpt2",
+    "adalora biases": "qwen2",
+}
+
+FAST: Final = frozenset({"adalora"})
