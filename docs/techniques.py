@@ -37,6 +37,7 @@ AREAS: Final[dict[str, str]] = {
     "optimizers": "Optimizers and their step",
     "low_rank": "Low-rank optimizers and training in blocks",
     "execution": "Checkpointing, attention, packing, compilation",
+    "loop": "The training loop",
     "loss": "Losses and kernels",
     "software": "Frameworks with model code of their own",
 }

@@ -104,6 +104,7 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--use-cache", "/loop/use_cache", "The forward fills a KV cache."),
         Flag("--set-to-none", "/loop/set_to_none", "zero_grad frees the gradients."),
         Flag("--neftune-noise-alpha", "/loop/neftune_noise_alpha", "Noise on the embeddings."),
+        Flag("--max-grad-norm", "/loop/max_grad_norm", "Gradients are clipped to it; 0: not."),
         Flag(
             "--label-smoothing-factor",
             "/loop/label_smoothing_factor",

@@ -88,13 +88,17 @@ QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
 
 
 class Loop(Section, frozen=True):
-    """What the training loop keeps alive; the defaults are those of the Trainer."""
+    """What the training loop keeps alive; the defaults are those of the Trainer.
+
+    The Trainer clips the norm of the gradients where `max_grad_norm` is above 0.
+    """
 
     keep_outputs: bool = False
     use_cache: bool = False
     set_to_none: bool = True
     neftune_noise_alpha: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     label_smoothing_factor: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    max_grad_norm: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
 
 
 class CpuOffload(Section, frozen=True):

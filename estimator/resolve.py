@@ -142,11 +142,12 @@ _ANY_OPTIMIZER: Final = ("name", "implementation", "in_backward")
 
 
 def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[Technique, ...]:
+    software = profile(request.software.framework, request.software.version)
     chosen: list[Technique] = [
         request.method,
         Precision(request.precision, request.autocast),
         Attention(request.attention, request.padding, request.packing),
-        Software(profile(request.software.framework, request.software.version)),
+        Software(software),
         Training(
             optimizer,
             micro_batches=request.gradient_accumulation_steps,
@@ -154,6 +155,7 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
             use_cache=request.loop.use_cache,
             neftune=request.loop.neftune_noise_alpha is not None,
             set_to_none=request.loop.set_to_none,
+            max_grad_norm=request.loop.max_grad_norm if software.clips else 0.0,
         ),
     ]
     if request.quantization is not None:

@@ -51,6 +51,7 @@ class Run(Struct, frozen=True):
         prefix_tokens: virtual tokens whose keys and values lie in the cache of every layer.
         keeps_importance: the loop keeps AdaLoRA's three scores of every adapter weight.
         forward_only: the step evaluates the loss and has no backward pass (MeZO).
+        limits_norm: the loop scales the gradients where their norm is beyond a limit.
     """
 
     spec: ModelSpec
@@ -68,6 +69,7 @@ class Run(Struct, frozen=True):
     prefix_tokens: int = 0
     keeps_importance: bool = False
     forward_only: bool = False
+    limits_norm: bool = False
 
     def batch(self, micro_batch_size: int, seq_len: int) -> tuple[int, int]:
         """Return the rows that the model sees, and their length: packed sequences are one row.
@@ -81,6 +83,19 @@ class Run(Struct, frozen=True):
     def lengths(self, seq_len: int) -> tuple[int, int]:
         """Return the length of the layers and the second one: of the text, or of the keys."""
         return seq_len + self.prompt_tokens, seq_len + self.prefix_tokens
+
+    @property
+    def clips(self) -> bool:
+        """Whether `clip_grad_norm_` runs over gradients before the optimizer's step.
+
+        An optimizer in backward leaves it none, and beside master copies Megatron-LM has kernels
+        of its own, which hold a few numbers.
+
+        Source: hf-trainer, Trainer._clip_grad_norm; megatron-clip, get_grad_norm_fp32.
+        """
+        choice = self.optimizer
+        elsewhere = choice.in_backward or choice.master_weights
+        return self.limits_norm and not self.forward_only and not elsewhere
 
     @property
     def accumulates(self) -> bool:

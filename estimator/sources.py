@@ -96,6 +96,14 @@ SOURCES: Final[dict[str, Source]] = {
         f"{_TORCH}/aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu",
     ),
     "torch-optim": Source("code", "PyTorch 2.13.0, optimizers", f"{_TORCH}/torch/optim"),
+    "torch-clip": Source(
+        "code", "PyTorch 2.13.0, clip_grad_norm_", f"{_TORCH}/torch/nn/utils/clip_grad.py"
+    ),
+    "torch-foreach-norm": Source(
+        "code",
+        "PyTorch 2.13.0, the norms of a list of tensors on CUDA",
+        f"{_TORCH}/aten/src/ATen/native/cuda/ForeachReduceOp.cu",
+    ),
     "torch-allocator": Source(
         "code",
         "PyTorch 2.13.0, CUDA caching allocator",
@@ -443,5 +451,10 @@ SOURCES: Final[dict[str, Source]] = {
         "code",
         "Megatron-LM, Float16OptimizerWithFloat16Params",
         "https://github.com/NVIDIA/Megatron-LM/blob/core_v0.12.0/megatron/core/optimizer/optimizer.py",
+    ),
+    "megatron-clip": Source(
+        "code",
+        "Megatron-LM, gradient clipping",
+        "https://github.com/NVIDIA/Megatron-LM/blob/core_v0.12.0/megatron/core/optimizer/clip_grads.py",
     ),
 }

@@ -125,10 +125,16 @@ def _traced(
         quantized.on_cuda(),
         _refusals(),
     ):
-        job = workload.start(model, request, "cpu", capability, multiprocessors)
+        trained = stack.trained(model, how)
+        job = workload.start(model, request, "cpu", capability, multiprocessors, trained.total())
         meter = Meter(
             layers=layers,
-            workspaces=Workspaces(capability, multiprocessors, constants.cublas_workspace),
+            workspaces=Workspaces(
+                capability,
+                multiprocessors,
+                constants.cublas_workspace,
+                trained,
+            ),
         )
         optimizers.announce(job.optimizer, meter)
         with meter.watching(model, workload.sites(model)), meter:

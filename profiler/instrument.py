@@ -129,7 +129,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
             name = trace.LOSS_BACKWARD
         self._making_batch = name == trace.BATCH
         self._phase = trace.FORWARD if self._making_batch else name
-        self._updating = name == trace.OPTIMIZER_STEP
+        self._updating = name in trace.UPDATES
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -210,7 +210,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
                 return record.freeze(site)
         if record.phase in (trace.LOSS_FORWARD, trace.LOSS_BACKWARD):
             return record.freeze("loss")
-        return record.freeze("optimizer" if record.phase == trace.OPTIMIZER_STEP else "model")
+        return record.freeze("optimizer" if record.phase in trace.UPDATES else "model")
 
     def _resolved(self, event: trace.Event, storage: int) -> trace.Event:
         layer = self._records[event.storage].layer if event.layer is None else event.layer
@@ -266,7 +266,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
 
     def _place(self, args: tuple[Any, ...]) -> Place:
         """Return for which module and layer an operator works."""
-        if self._phase == trace.OPTIMIZER_STEP:
+        if self._phase in trace.UPDATES:
             self._worked_for = self._owner_in_step(args)
             return self._worked_for
         if self._phase == trace.LOSS_BACKWARD and not self._in_loss():
@@ -402,7 +402,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
 
     def _record_event(self, index: int, *, is_alloc: bool) -> None:
         # An optimizer's state belongs to its parameter, which may be learnt only after its birth.
-        by_owner = is_alloc and self._phase == trace.OPTIMIZER_STEP
+        by_owner = is_alloc and self._phase in trace.UPDATES
         layer = None if by_owner else self._places.layer
         self._events.append(trace.Event(index, is_alloc, self._phase, layer))
 

@@ -292,6 +292,14 @@ class FusedBackward:
         """Do nothing: the gradients are gone."""
 
 
+def leaves_gradients(optimizer: Any) -> bool:
+    """Whether there are gradients after backward that `clip_grad_norm_` clips.
+
+    Inside backward none is left; beside master copies, Megatron-LM clips with kernels of its own.
+    """
+    return not isinstance(optimizer, (InBackward, FusedBackward, MasterCopies))
+
+
 @contextlib.contextmanager
 def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     original = getattr(owner, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any, Final
 
@@ -71,6 +72,16 @@ def parameters(model: Any, how: Shortening | None) -> Parameters:
         total += count
         trainable += count if tensor.requires_grad else 0
     return Parameters(total=total, trainable=trainable, active=total)
+
+
+def trained(model: Any, how: Shortening | None) -> Counter[Any]:
+    """Count the trained tensors of the whole model by type."""
+    path = layers_path(model)
+    found: Counter[Any] = Counter()
+    for name, tensor in model.named_parameters():
+        if tensor.requires_grad:
+            found[tensor.dtype] += how.weight(name, path) if how else 1
+    return found
 
 
 def _kind(layer: Any) -> Hashable:

@@ -22,8 +22,11 @@ FORWARD: Final = "forward"
 LOSS_FORWARD: Final = "loss forward"
 LOSS_BACKWARD: Final = "loss backward"
 BACKWARD: Final = "backward"
+GRADIENT_CLIPPING: Final = "gradient clipping"
 OPTIMIZER_STEP: Final = "optimizer step"
-STEP_PHASES: Final = (FORWARD, LOSS_FORWARD, LOSS_BACKWARD, BACKWARD, OPTIMIZER_STEP)
+# The optimizer's work: from the end of backward on.
+UPDATES: Final = (GRADIENT_CLIPPING, OPTIMIZER_STEP)
+STEP_PHASES: Final = (FORWARD, LOSS_FORWARD, LOSS_BACKWARD, BACKWARD, *UPDATES)
 
 
 @dataclass(frozen=True, slots=True)

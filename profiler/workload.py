@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
+from unittest import mock
 
 from estimator.components import Component
 from estimator.errors import (
@@ -69,6 +70,7 @@ class Workload:
         request: what was asked.
         device: where its tensors live.
         compute_capability, multiprocessors: of the GPU; some libraries choose their path by them.
+        trained: how many tensors the whole model trains, where this one has fewer layers.
     """
 
     model: Any
@@ -77,6 +79,7 @@ class Workload:
     device: str
     compute_capability: tuple[int, int] = (8, 0)
     multiprocessors: int = 108
+    trained: int | None = None
 
     def step(self, phase: PhaseCallback) -> None:
         """Run one optimizer step: all its micro-batches, the update, and the clearing of gradients.
@@ -101,6 +104,7 @@ class Workload:
                 return
             for inputs in batches[:_MICRO_STEPS]:
                 self._micro_step(inputs, phase)
+        self._clip(phase)
         phase(trace.OPTIMIZER_STEP)
         self.optimizer.step()
         if getattr(self.request.method, "update_and_allocate", False):
@@ -108,6 +112,26 @@ class Workload:
             self.model.base_model.update_and_allocate(0)
         phase(trace.OPTIMIZER_STEP)
         self.optimizer.zero_grad(set_to_none=self.request.loop.set_to_none)
+
+    def _clip(self, phase: PhaseCallback) -> None:
+        """Clip the gradients as `Trainer._clip_grad_norm` does, if any are left.
+
+        On CUDA torch takes the foreach operators by itself, for fake tensors it has to be told.
+        """
+        import torch
+
+        if self.request.loop.max_grad_norm == 0 or not optimizers.leaves_gradients(self.optimizer):
+            return
+        stack, trained = torch.stack, self.trained
+
+        def of_the_whole_model(norms: list[Any]) -> Any:
+            return stack((norms * trained)[:trained] if trained else norms)
+
+        phase(trace.GRADIENT_CLIPPING)
+        with mock.patch.object(torch, "stack", of_the_whole_model):
+            torch.nn.utils.clip_grad_norm_(
+                list(self.model.parameters()), self.request.loop.max_grad_norm, foreach=True
+            )
 
     def _loss(self, inputs: dict[str, Any], phase: PhaseCallback) -> tuple[Any, Any]:
         """Return the model's outputs and the loss, as `Trainer.compute_loss` does."""
@@ -181,6 +205,7 @@ def start(
     device: str,
     compute_capability: tuple[int, int] = (8, 0),
     multiprocessors: int = 108,
+    trained: int | None = None,
 ) -> Workload:
     """Give a meta model its storage and its optimizer.
 
@@ -189,6 +214,7 @@ def start(
         request: the request that it was built for.
         device: where the tensors live; inside a fake tensor mode, `cpu`.
         compute_capability, multiprocessors: of the GPU that is run on, or imitated.
+        trained: how many tensors the whole model trains, where this one has fewer layers.
     """
     place(model, device)
     if request.loop.neftune_noise_alpha is not None:
@@ -202,6 +228,7 @@ def start(
         device=device,
         compute_capability=compute_capability,
         multiprocessors=multiprocessors,
+        trained=trained,
     )
 
 

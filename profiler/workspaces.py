@@ -6,7 +6,7 @@ shapes come from the operator's own arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -45,18 +45,26 @@ class Workspaces:
         compute_capability: of the GPU.
         multiprocessors: streaming multiprocessors of the GPU.
         cublas_bytes: workspace of one cuBLAS handle [bytes].
+        trained: how many tensors of each type the whole model trains; what is traced may be less.
     """
 
     def __init__(
-        self, compute_capability: tuple[int, int], multiprocessors: int, cublas_bytes: int
+        self,
+        compute_capability: tuple[int, int],
+        multiprocessors: int,
+        cublas_bytes: int,
+        trained: Mapping[Any, int] | None = None,
     ) -> None:
         self.cublas_bytes = cublas_bytes
+        self._trained = trained or {}
         self._device = (compute_capability, multiprocessors)
 
     def of(self, func: Any, args: tuple[Any, ...], out: Any) -> Buffers:
         """Return the name and size of each buffer that the kernel of an operator takes [bytes]."""
         if func in _TABLE:
             return _TABLE[func](args, out)
+        if func is aten._foreach_norm.Scalar:
+            return self._foreach_norm(args)
         if func.name() == "bitsandbytes::gemm_4bit":
             return self._gemm_4bit(args)
         if func.name() in quantized.WORKSPACES:
@@ -66,6 +74,19 @@ class Workspaces:
     def is_matmul(self, func: Any) -> bool:
         """Whether the operator runs through cuBLAS."""
         return func in _MATMULS
+
+    def _foreach_norm(self, args: tuple[Any, ...]) -> Buffers:
+        """Bytes of the partial sums of the norms of a list of gradients.
+
+        Shapes:
+            partial sums   [n, c]   fp32: n tensors, c chunks of the largest of them
+
+        Source: aten/src/ATen/native/cuda/ForeachReduceOp.cu, output_per_tensor; kChunkSize of
+        MultiTensorApply.cuh.
+        """
+        tensors = args[0]
+        number = self._trained.get(tensors[0].dtype, len(tensors))
+        yield "partial sums of norms", 4 * number * max(-(-t.numel() // 65536) for t in tensors)
 
     def _gemm_4bit(self, args: tuple[Any, ...]) -> Buffers:
         """Bytes that a product with a 4-bit weight takes where the weight is unpacked first.

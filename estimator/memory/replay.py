@@ -18,6 +18,7 @@ from estimator.memory.caching_allocator import (
     CachingAllocator,
     OutOfMemory,
 )
+from estimator.memory.clipping import clipping_temporaries
 from estimator.memory.standing import (
     IMPORTANCE,
     importance_sizes,
@@ -66,10 +67,13 @@ def _replayed(run: Run, replayer: _Replayer) -> Blocks:
     replayer.load(_loaded(run))
     kept = tuple(_states(run))
     temporaries = step_temporaries(run)
+    clipping = clipping_temporaries(run)
     replayer.step()
+    replayer.pass_through("gradient clipping", clipping)
     replayer.update(kept, temporaries)
     replayer.highest.clear()
     replayer.step()
+    replayer.pass_through("gradient clipping", clipping)
     replayer.update((), temporaries)
     return replayer.found()
 
@@ -140,13 +144,18 @@ class _Replayer:
         allocator = self.allocator
         for number, size in enumerate(states):
             allocator.malloc(("state", number), size)
-        for number, size in enumerate(temporaries):
-            allocator.malloc(("temporary", number), size)
-        self._see("optimizer step", allocator.allocated_bytes, allocator.requested_bytes)
-        for number, _ in enumerate(temporaries):
-            allocator.free(("temporary", number))
+        self.pass_through("optimizer step", temporaries)
         for serial in self.recording.left:
             allocator.free(serial)
+
+    def pass_through(self, name: str, temporaries: tuple[int, ...]) -> None:
+        """Hold temporaries for a moment."""
+        allocator = self.allocator
+        for number, size in enumerate(temporaries):
+            allocator.malloc(("temporary", number), size)
+        self._see(name, allocator.allocated_bytes, allocator.requested_bytes)
+        for number, _ in enumerate(temporaries):
+            allocator.free(("temporary", number))
 
     def found(self) -> Blocks:
         """Return what the steady step showed."""

@@ -181,7 +181,7 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
         return ()
     if run.forward_only:
         return _perturbation(run)
-    gradients = _step_gradients(run)
+    gradients = step_gradients(run)
     sizes = step_temporaries(run)
     copying = _last_copy(run)
     if _bytes(copying) > _bytes(gradients) + sum(sizes):
@@ -198,7 +198,7 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
     return (*gradients, *scratch)
 
 
-def _step_gradients(run: Run) -> list[Entry]:
+def step_gradients(run: Run) -> list[Entry]:
     """Return the gradients that are there in the step and were not all the time."""
     if run.optimizer.main_gradients:
         return []

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from estimator.eager.size import ZERO, Polynomial
 from estimator.eager.tensor import Instant, Live
+from estimator.memory.clipping import clipping_entries
 from estimator.memory.ledger import Entry, Ledger, Row, formula, polynomial
 from estimator.memory.standing import standing, step_entries
 from estimator.memory.trace import Trace
@@ -126,12 +127,13 @@ def compile_step(run: Run, seen: Trace) -> Step:
     assembly = _Assembly(seen, standing(run))
     between = [*assembly.forward(), *assembly.backward()]
     step = step_entries(run)
-    during_step = polynomial((each.row.size, each.count) for each in step)
+    clipping = clipping_entries(run)
     return Step(
         (
             *between,
             assembly.after("end of backward", assembly.seen.end, ZERO, ()),
-            assembly.after("optimizer step", assembly.inputs(), during_step, step),
+            *(assembly.outside("gradient clipping", each) for each in [clipping] if each),
+            assembly.outside("optimizer step", step),
         ),
         pinned=tuple(
             (size, count * assembly.times[site]) for (site, size), count in seen.host.items()
@@ -203,6 +205,11 @@ class _Assembly:
         )
         place = _Place(self, live, -1, len(self.order), True, extra)
         return Moment(name, _add((left, more, self.constant)), place)
+
+    def outside(self, name: str, extra: tuple[Entry, ...]) -> Moment:
+        """Return a moment between two passes, with what is alive beside the batch."""
+        more = polynomial((each.row.size, each.count) for each in extra)
+        return self.after(name, self.inputs(), more, extra)
 
     def inputs(self) -> Live:
         """Return the batch itself, which stays alive until the loop fetches the next one."""

@@ -99,6 +99,7 @@ class Training(Struct, frozen=True):
     use_cache: bool
     neftune: bool
     set_to_none: bool
+    max_grad_norm: float
 
     def apply(self, run: Run) -> Run:
         """Set how the loop trains; master weights and gradients were decided with the precision."""
@@ -117,6 +118,7 @@ class Training(Struct, frozen=True):
             micro_batches=self.micro_batches,
             keeps_outputs=self.keeps_outputs,
             keeps_gradients=not self.set_to_none,
+            limits_norm=self.max_grad_norm > 0,
             settings=replace(run.settings, keeps_cache=self.use_cache, neftune=self.neftune),
         )
 

@@ -24,6 +24,7 @@ class SoftwareProfile(Struct, frozen=True):
             own instead of transformers'.
         formats: what the profile makes of a run whose weights have got their formats.
         reentrant: activation checkpointing is reentrant where nothing else is said.
+        clips: the loop clips gradients where `max_grad_norm` says so.
     """
 
     loss: str
@@ -31,6 +32,7 @@ class SoftwareProfile(Struct, frozen=True):
     model_code: str | None = None
     formats: Callable[[Run], Run] | None = None
     reentrant: bool = False
+    clips: bool = True
 
 
 _OLD_ATTENTION: Final = (
@@ -67,6 +69,8 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             ),
             model_code="estimator.model.litgpt",
             formats=litgpt_formats,
+            # finetune/lora.py and its neighbours: `train` has no clipping.
+            clips=False,
         ),
     },
 }

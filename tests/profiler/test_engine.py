@@ -37,6 +37,7 @@ def test_the_rows_of_the_document_sum_to_the_peak() -> None:
         "loss forward",
         "loss backward",
         "backward",
+        "gradient clipping",
         "optimizer step",
     ]
 

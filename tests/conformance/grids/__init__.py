@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 from tests.conformance.grids import (
     execution,
+    loop,
     lora,
     loss,
     low_rank,
@@ -31,6 +32,15 @@ class Grid(Protocol):
 
 
 GRIDS: Final[tuple[Grid, ...]] = (
-    execution, lora, loss, low_rank, methods, optimizers, peft, peft_adapters, quantization,
+    execution,
+    loop,
+    lora,
+    loss,
+    low_rank,
+    methods,
+    optimizers,
+    peft,
+    peft_adapters,
+    quantization,
     software,
-)  # fmt: skip
+)
