@@ -217,8 +217,14 @@ _BESIDE: Final[dict[str, dict[str, Any]]] = {
     "llama_adapter": _LITGPT,
     "llama_adapter_v2": _LITGPT,
     "litgpt": {**_LITGPT, "method": {"name": "lora"}},
-    "sgd_8bit": {"optimizer": {"momentum": 0.9}},
-    "sgd_32bit": {"optimizer": {"momentum": 0.9}},
+    **dict.fromkeys(
+        ("sgd_8bit", "sgd_32bit", "lars_32bit"),
+        {"optimizer": {"momentum": 0.9}, "precision": "fp32"},
+    ),
+    **dict.fromkeys(
+        ("rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "adagrad_8bit", "adagrad_32bit"),
+        {"precision": "fp32"},
+    ),
     "foak": {"software": {"version": "4"}},
 }
 

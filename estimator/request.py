@@ -203,6 +203,12 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "apollo_mini": {"name": "apollo_adamw", "rank": 1, "scale_type": "tensor"},
     "rmsprop_bnb": {"name": "rmsprop_bnb_32bit"},
     "paged_adamw8bit": {"name": "paged_adamw_8bit"},
+    "lamb32bit": {"name": "lamb_32bit"},
+    "lamb8bit": {"name": "lamb_8bit"},
+    "lars": {"name": "lars_32bit"},
+    "lars32bit": {"name": "lars_32bit"},
+    "lars8bit": {"name": "lars_8bit"},
+    "stableadamw": {"name": "stable_adamw"},
     "sgd_momentum": {"name": "sgd", "momentum": 0.9},
 }
 

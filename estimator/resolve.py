@@ -9,6 +9,7 @@ from typing import Any, Final
 from msgspec import structs
 
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
+from estimator.memory.standing import trained_tensors
 from estimator.model.families import read_spec
 from estimator.model.forward import Settings
 from estimator.model.spec import Linear, ModelSpec
@@ -46,7 +47,16 @@ def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> R
     if run.spec.trainable_parameters() == 0:
         raise InvalidRequestError("nothing is trainable with this method and these targets")
     _refuse_packed_training(run.spec)
+    _refuse_tensors(run)
     return run
+
+
+def _refuse_tensors(run: Run) -> None:
+    """Refuse weights that the optimizer cannot update."""
+    refuses = OPTIMIZERS[run.optimizer.name].refuses
+    for each in () if run.forward_only else trained_tensors(run):
+        if reason := refuses(each):
+            raise UnsupportedCombinationError(f"optimizer {run.optimizer.name!r}: {reason}")
 
 
 def _read_model(request: EstimateRequest, config: Mapping[str, Any], name: str) -> ModelSpec:

@@ -168,6 +168,16 @@ SOURCES: Final[dict[str, Source]] = {
         "schedulefree 1.4.1, optimizers without a schedule",
         "https://github.com/facebookresearch/schedule_free/blob/main/schedulefree",
     ),
+    "torch-optimi": Source(
+        "code",
+        "torch-optimi 0.3.3, StableAdamW",
+        "https://github.com/warner-benjamin/optimi/blob/v0.3.3/optimi",
+    ),
+    "grokadamw": Source(
+        "code",
+        "grokadamw 0.1.2, GrokAdamW",
+        "https://github.com/cognitivecomputations/grokadamw/blob/main/grokadamw",
+    ),
     "muon": Source(
         "code",
         "Muon of Keller Jordan, commit 857d1adc",

@@ -12,7 +12,7 @@ from estimator.errors import InvalidRequestError, MissingDependencyError
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
-from profiler import low_rank, lowmem, together
+from profiler import low_rank, lowmem, small_libraries, together
 from profiler.unroll import Shortening
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LEARNING_RATE: Final = 1e-5
 # bitsandbytes/optim/optimizer.py, get_state_buffer: smaller states are never paged.
 _SMALLEST_PAGED: Final = 100_000
+# The same file, Optimizer8bit.__init__, min_8bit_size.
+_SMALLEST_8BIT: Final = 4096
 _IMPLEMENTATIONS: Final = ("foreach", "fused", "single")
 
 
@@ -504,6 +506,18 @@ def _muon(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     )
 
 
+def _stable_adamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    library = _library("optimi", "torch-optimi", asked)
+    chosen = asked.implementation or "fused"
+    return small_libraries.stable_adamw(library, groups, LEARNING_RATE, chosen)
+
+
+def _grokadamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    _refuse_implementation(asked)
+    library = _library("grokadamw", "grokadamw", asked)
+    return small_libraries.grokadamw(library, groups, LEARNING_RATE)
+
+
 def _library(module: str, package: str, asked: Optimizer) -> Any:
     try:
         return importlib.import_module(module)
@@ -532,7 +546,39 @@ _BITSANDBYTES: Final[dict[str, str]] = {
     "rmsprop_bnb": "RMSprop",
     "adagrad": "Adagrad",
     "sgd": "SGD",
+    "lamb": "LAMB",
+    "lars": "LARS",
 }
+
+
+# bitsandbytes/backends/cuda/ops.py, str2optimizer32bit: those without a kernel for bf16 gradients.
+_NO_BF16: Final = ("rmsprop", "rmsprop_bnb", "adagrad", "sgd", "lars")
+
+
+def _refuse_bf16(model: Any, groups: list[dict[str, Any]], bits: int) -> None:
+    """Refuse what the CUDA kernel refuses; fake tensors never come to it."""
+    import torch
+
+    tables = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    for parameter in (each for group in groups for each in group["params"]):
+        small = parameter.numel() < _SMALLEST_8BIT or id(parameter) in tables
+        if parameter.dtype is torch.bfloat16 and (bits == 32 or small):  # as `optim_bits` is
+            raise InvalidRequestError("bitsandbytes has no such kernel for bf16 and 32-bit states")
+
+
+def _read_norms(optimizer: Any) -> None:
+    """Have the norm of a parameter read as a number, as the call of the operator itself does."""
+    import torch
+
+    update, norm = optimizer.update_step, torch.norm
+
+    def update_step(*args: Any) -> None:
+        with _patched(torch, "norm", lambda tensor: norm(tensor).item()):
+            update(*args)
+
+    optimizer.update_step = update_step
 
 
 def _bitsandbytes(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
@@ -551,13 +597,17 @@ def _bitsandbytes(model: Any, groups: list[dict[str, Any]], asked: Optimizer) ->
     bits = 8 if kind.endswith("_8bit") else 32
     kind = kind.removesuffix("_8bit").removesuffix("_32bit")
     settings: dict[str, Any] = {"lr": LEARNING_RATE}
-    if kind == "sgd":
+    if kind in ("sgd", "lars"):
         settings["momentum"] = asked.momentum
     if asked.name.startswith("paged_"):
         settings["is_paged"] = True
+    if kind in _NO_BF16:
+        _refuse_bf16(model, groups, bits)
     with unset_fake_temporarily():
         # Its code books are computed from data when it is built.
         optimizer = getattr(optim, _BITSANDBYTES[kind])(groups, optim_bits=bits, **settings)
+    if kind in ("lamb", "lars"):
+        _read_norms(optimizer)
     if kind == "ademamix":
         # Its own buffers would be asked of CUDA; the size is that of any other.
         optimizer._get_state_double_buffer = lambda p, dtype=torch.float32: torch.zeros(
@@ -596,6 +646,8 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "adafactor": _adafactor,
     "lion": _lion,
     "muon": _muon,
+    "stable_adamw": _stable_adamw,
+    "grokadamw": _grokadamw,
     "schedule_free_adamw": _schedule_free,
     "schedule_free_radam": _schedule_free,
     "schedule_free_sgd": _schedule_free,

@@ -40,8 +40,8 @@ REFUSED: Final[dict[str, str]] = {
     "galore_adafactor": "no source has been followed yet; use 'adafactor'",
     "galore_adamw_8bit_layerwise": "no source has been followed yet; use in_backward",
     "galore_adafactor_layerwise": "no source has been followed yet; use in_backward",
-    "grokadamw": "no source has been followed yet; use 'adamw'",
-    "stable_adamw": "no source has been followed yet; use 'adamw'",
+    "lamb_8bit": "bitsandbytes has no 8-bit kernel for LAMB; use 'lamb_32bit'",
+    "lars_8bit": "bitsandbytes has no 8-bit kernel for LARS; use 'lars_32bit'",
 }
 
 

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from estimator.dtypes import DType
+from estimator.run import OptimizerChoice
 from estimator.sources import Cite
-from estimator.techniques.optimizers.row import FP32, OptimizerRow, State, Trained, in_fp32
-from estimator.techniques.optimizers.temporaries import nothing
+from estimator.techniques.optimizers.row import (
+    FP32,
+    OptimizerRow,
+    State,
+    Trained,
+    in_fp32,
+    scalar,
+    updates_any,
+)
+from estimator.techniques.optimizers.temporaries import Step, in_turn, nothing
 
 EIGHT_BIT_BLOCK: Final = 256
 SMALLEST_8BIT: Final = 4096
@@ -55,10 +65,47 @@ def _is_not_paged(each: Trained) -> bool:
     return False
 
 
+def _param_norm(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> None:
+    """`torch.norm(p.data.float())`, to clip the update by it; the kernel works in place.
+
+    Source: bitsandbytes, functional.py, optimizer_update_32bit.
+    """
+    for each in in_turn(tensors):
+        if each.dtype.is_half:
+            step.fp32(each)
+
+
+def _no_bf16(bits: int) -> Callable[[Trained], str]:
+    """Return why a tensor cannot be updated: three kernels over fp32 states know no bf16.
+
+    Source: bitsandbytes, backends/cuda/ops.py, str2optimizer32bit.
+    """
+
+    def reason(each: Trained) -> str:
+        state_32bit = bits == 32 or not _is_8bit(each)
+        if each.dtype is not DType.BFLOAT16 or not state_32bit:
+            return ""
+        return (
+            f"{each.name} is bf16 with 32-bit states, for which bitsandbytes has no kernel of this "
+            "optimizer; use precision 'fp16', 'fp32' or 'amp_bf16'"
+        )
+
+    return reason
+
+
 def _row(
-    source: Cite, *, bits: int, paged: bool = False, needs: tuple[str, ...] = ()
+    source: Cite,
+    *,
+    bits: int,
+    paged: bool = False,
+    needs: tuple[str, ...] = (),
+    clips_update: bool = False,
+    without_bf16: bool = False,
 ) -> OptimizerRow:
-    """Return the row of an optimizer with one moment, two, or AdEMAMix's three."""
+    """Return the row of an optimizer with one moment, two, or AdEMAMix's three.
+
+    One that clips its update (`max_unorm`) keeps the norm of each.
+    """
     size = _eight_bit if bits == 8 else in_fp32  # as `optim_bits` is written
     managed = _is_paged if paged else _is_not_paged
     first = _twice(size) if source is _ADEMAMIX else size
@@ -70,8 +117,16 @@ def _row(
         states.append(State("absmax1", scales, source))
         if source is not _ONE:
             states.append(State("absmax2", _absmax, source))
+    if clips_update:
+        states.append(State("unorm_vec", scalar, source))
     return OptimizerRow(
-        tuple(states), {"fused": nothing}, "fused", source, knobs=needs, needs=needs
+        tuple(states),
+        {"fused": _param_norm if clips_update else nothing},
+        "fused",
+        source,
+        knobs=needs,
+        needs=needs,
+        refuses=_no_bf16(bits) if without_bf16 else updates_any,
     )
 
 
@@ -88,10 +143,12 @@ BITSANDBYTES: Final[dict[str, OptimizerRow]] = {
     "lion_32bit": _row(_ONE, bits=32),
     "paged_lion_8bit": _row(_ONE, bits=8, paged=True),
     "paged_lion_32bit": _row(_ONE, bits=32, paged=True),
-    "rmsprop_bnb_8bit": _row(_ONE, bits=8),
-    "rmsprop_bnb_32bit": _row(_ONE, bits=32),
-    "adagrad_8bit": _row(_ONE, bits=8),
-    "adagrad_32bit": _row(_ONE, bits=32),
-    "sgd_8bit": _row(_ONE, bits=8, needs=("momentum",)),
-    "sgd_32bit": _row(_ONE, bits=32, needs=("momentum",)),
+    "rmsprop_bnb_8bit": _row(_ONE, bits=8, without_bf16=True),
+    "rmsprop_bnb_32bit": _row(_ONE, bits=32, without_bf16=True),
+    "adagrad_8bit": _row(_ONE, bits=8, without_bf16=True),
+    "adagrad_32bit": _row(_ONE, bits=32, without_bf16=True),
+    "lamb_32bit": _row(_TWO, bits=32, clips_update=True),
+    "lars_32bit": _row(_ONE, bits=32, needs=("momentum",), clips_update=True, without_bf16=True),
+    "sgd_8bit": _row(_ONE, bits=8, needs=("momentum",), without_bf16=True),
+    "sgd_32bit": _row(_ONE, bits=32, needs=("momentum",), without_bf16=True),
 }

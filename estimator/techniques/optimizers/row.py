@@ -88,6 +88,11 @@ def _never(each: Trained) -> bool:
     return False
 
 
+def updates_any(each: Trained) -> str:
+    """Return no reason against a tensor: the optimizer updates tensors of any kind."""
+    return ""
+
+
 class State(Struct, frozen=True):
     """Bytes of one kind of state for one trained tensor.
 
@@ -118,6 +123,7 @@ class OptimizerRow(Struct, frozen=True):
         note: what the answer says about it, where something is not counted.
         groups_itself: its parameter groups are not the Trainer's two.
         trains_all: it keeps states of frozen weights too, so that none may be frozen.
+        refuses: why it cannot update a tensor, or nothing.
         not_with: values of `precision` that it was not compared with.
     """
 
@@ -131,6 +137,7 @@ class OptimizerRow(Struct, frozen=True):
     trains_all: bool = False
     groups_itself: bool = False
     note: str = ""
+    refuses: Callable[[Trained], str] = updates_any
     not_with: tuple[str, ...] = ()
 
 

@@ -28,6 +28,7 @@ def _in_backward(optimizer: str, *others: Document, **knobs: Any) -> Document:
 
 
 _FP32: Final[Document] = {"precision": "fp32"}
+_FP16: Final[Document] = {"precision": "fp16"}
 _BITSANDBYTES: Final[tuple[Any, ...]] = (
     ("adamw_32bit", ""),
     ("adamw_32bit", ", gpt2", {"precision": "amp_bf16"}),
@@ -51,10 +52,14 @@ _BITSANDBYTES: Final[tuple[Any, ...]] = (
     ("paged_lion_8bit", ""),
     ("paged_lion_8bit", " lora fp32", LORA, _FP32),
     ("paged_lion_32bit", ""),
-    ("rmsprop_bnb_8bit", ""),
+    ("rmsprop_bnb_8bit", " fp16", _FP16),
     ("rmsprop_bnb_8bit", ", tied", _FP32),
-    ("rmsprop_bnb_32bit", " checkpointed", CHECKPOINTED),
-    ("adagrad_8bit", ""),
+    ("rmsprop_bnb_32bit", " fp16 checkpointed", CHECKPOINTED, _FP16),
+    ("lamb_32bit", ""),
+    ("lamb_32bit", ", tied", CHECKPOINTED, _FP32),
+    ("lamb_32bit", " lora", LORA),
+    ("lamb_32bit", " amp", {"precision": "amp_bf16"}),
+    ("adagrad_8bit", " fp16", _FP16),
     ("adagrad_32bit", " amp", {"precision": "amp_bf16"}),
 )
 
@@ -116,6 +121,26 @@ RECIPES: Final[dict[str, Document]] = {
     "muon in backward checkpointed": _in_backward("muon", SHORT, CHECKPOINTED),
     "muon accumulation": _asked("muon", SHORT, {"gradient_accumulation_steps": 4}),
     "muon fp16": _asked("muon", SHORT, {"precision": "fp16"}, implementation="fused"),
+    # -- what the Trainer takes from torch-optimi and grokadamw --------------------------------
+    "stable adamw": _asked("stable_adamw", SHORT),
+    "stable adamw fp32, tied": _asked("stable_adamw", SHORT, _FP32),
+    "stable adamw foreach": _asked("stable_adamw", SHORT, implementation="foreach"),
+    "stable adamw single, gpt2": _asked("stable_adamw", SHORT, _FP32, implementation="single"),
+    "stable adamw amp checkpointed": _asked(
+        "stable_adamw", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}
+    ),
+    "stable adamw qlora": _asked("stable_adamw", SHORT, QLORA),
+    "stable adamw single in backward": _in_backward(
+        "stable_adamw", SHORT, CHECKPOINTED, implementation="single"
+    ),
+    "stable adamw foreach master_bf16": _asked(
+        "stable_adamw", SHORT, {"precision": "master_bf16"}, implementation="foreach"
+    ),
+    "grokadamw": _asked("grokadamw", SHORT),
+    "grokadamw fp32, gpt2": _asked("grokadamw", SHORT, _FP32),
+    "grokadamw lora amp": _asked("grokadamw", SHORT, LORA, {"precision": "amp_bf16"}),
+    "grokadamw in backward, tied": _in_backward("grokadamw", SHORT, CHECKPOINTED),
+    "grokadamw accumulation": _asked("grokadamw", SHORT, {"gradient_accumulation_steps": 4}),
     # -- torchao: the states are torchao's, the compiled step allocates nothing ------------------
     "torchao 8-bit": _asked("adamw_torch_8bit", SHORT),
     "torchao 8-bit fp32, gpt2": _asked("adamw_torch_8bit", SHORT, _FP32),
@@ -169,7 +194,12 @@ RECIPES: Final[dict[str, Document]] = {
         f"bitsandbytes {name}{suffix}": _asked(name, SHORT, *others)
         for name, suffix, *others in _BITSANDBYTES
     },
-    "bitsandbytes sgd_8bit": _asked("sgd_8bit", SHORT, momentum=0.9),
+    "bitsandbytes lars_32bit fp32": _asked("lars_32bit", SHORT, _FP32, momentum=0.9),
+    "bitsandbytes lars_32bit amp checkpointed, gpt2": _asked(
+        "lars_32bit", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}, momentum=0.9
+    ),
+    "bitsandbytes lars_32bit fp16": _asked("lars_32bit", SHORT, _FP16, momentum=0.9),
+    "bitsandbytes sgd_8bit fp16": _asked("sgd_8bit", SHORT, _FP16, momentum=0.9),
     "bitsandbytes sgd_32bit lora": _asked("sgd_32bit", SHORT, LORA, momentum=0.9),
     # -- Adafactor of transformers -------------------------------------------------------------
     "adafactor with momentum": _asked("adafactor", SHORT, beta1=0.9),
@@ -182,6 +212,12 @@ RECIPES: Final[dict[str, Document]] = {
 }
 
 MODELS: Final[dict[str, str]] = {
+    "stable adamw fp32, tied": "llama-tied",
+    "stable adamw single, gpt2": "gpt2",
+    "grokadamw fp32, gpt2": "gpt2",
+    "grokadamw in backward, tied": "llama-tied",
+    "bitsandbytes lamb_32bit, tied": "llama-tied",
+    "bitsandbytes lars_32bit amp checkpointed, gpt2": "gpt2",
     "muon fused fp32, tied": "llama-tied",
     "muon single, gpt2": "gpt2",
     "muon fused, many layers": "gemma3",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +52,7 @@ def test_a_linear_layer_keeps_this_many_bytes_for_each_parameter(
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("adamw_32bit", "AdamW"), ("lion_32bit", "Lion"), ("rmsprop_bnb_32bit", "RMSprop"),
+    [("adamw_32bit", "AdamW"), ("lion_32bit", "Lion"), ("lamb_32bit", "LAMB"),
      ("ademamix", "AdEMAMix")],
 )  # fmt: skip
 def test_32_bit_states_are_those_that_bitsandbytes_makes(name: str, kind: str) -> None:
@@ -91,4 +93,41 @@ def test_every_optimizer_that_the_trainer_knows_is_answered_or_refused_by_name()
 def test_sgd_of_bitsandbytes_is_refused_without_momentum_as_bitsandbytes_does() -> None:
     request: dict[str, Any] = {"model": {"config": TOY}, "optimizer": "sgd_8bit"}
     with pytest.raises(InvalidRequestError, match="momentum"):
+        estimate(request)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["rmsprop_bnb_8bit", "adagrad_32bit", {"name": "lars_32bit", "momentum": 0.9}]
+)
+def test_what_has_no_kernel_for_bf16_is_refused_with_the_first_such_tensor(optimizer: Any) -> None:
+    request: dict[str, Any] = {"model": {"config": TOY}, "optimizer": optimizer}
+    with pytest.raises(UnsupportedCombinationError, match=r"embed_tokens.weight is bf16"):
+        estimate(request)
+
+
+def test_the_kernels_without_bf16_are_those_that_bitsandbytes_lists_without() -> None:
+    import bitsandbytes
+
+    # Its module runs on CUDA only; the table is read from its source.
+    source = Path(bitsandbytes.__file__).parent / "backends" / "cuda" / "ops.py"
+    tables = {
+        node.targets[0].id: node.value
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    table = tables["str2optimizer32bit"]
+    assert isinstance(table, ast.Dict)
+    # One kernel each for fp32, fp16 and, where there is one, bf16.
+    without = {
+        name.value
+        for name, kernels in zip(table.keys, table.values, strict=True)
+        if isinstance(name, ast.Constant) and len(kernels.elts) < 3  # type: ignore[attr-defined]
+    }
+    assert without == {"momentum", "rmsprop", "adagrad", "lars"}
+
+
+@pytest.mark.parametrize("optimizer", ["LAMB8bit", "lars_8bit"])
+def test_8_bit_lamb_and_lars_are_refused_since_they_have_no_kernel(optimizer: str) -> None:
+    request: dict[str, Any] = {"model": {"config": TOY}, "optimizer": optimizer}
+    with pytest.raises(UnsupportedCombinationError, match="no 8-bit kernel"):
         estimate(request)

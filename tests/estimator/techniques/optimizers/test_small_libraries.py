@@ -54,3 +54,23 @@ def test_galore_keeps_the_moments_and_the_storage_of_the_projectors_of_galore_to
     )
     ours = kept_in_the_answer({"name": "galore_adamw", "rank": 8}, precision)
     assert ours == moments + projectors
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stable_adamw_keeps_what_that_of_torch_optimi_keeps(precision: str) -> None:
+    from optimi import StableAdamW
+
+    def build(parameters: object) -> object:
+        return StableAdamW(parameters, lr=1e-4, triton=False, foreach=False)
+
+    asked = {"name": "stable_adamw", "implementation": "single"}
+    assert kept_in_the_answer(asked, precision) == kept_by(build, precision)
+
+
+def test_grokadamw_keeps_nothing_on_the_device_and_says_so() -> None:
+    from estimator.service import estimate
+    from tests.estimator.techniques.optimizers.real import TOY
+
+    assert kept_in_the_answer({"name": "grokadamw"}, "bf16") == 0
+    result = estimate({"model": {"config": TOY}, "optimizer": "grokadamw"})
+    assert any("host memory" in note for note in result.notes)
