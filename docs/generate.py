@@ -217,14 +217,14 @@ _BESIDE: Final[dict[str, dict[str, Any]]] = {
     "llama_adapter": _LITGPT,
     "llama_adapter_v2": _LITGPT,
     "litgpt": {**_LITGPT, "method": {"name": "lora"}},
-    **dict.fromkeys(
-        ("sgd_8bit", "sgd_32bit", "lars_32bit"),
-        {"optimizer": {"momentum": 0.9}, "precision": "fp32"},
-    ),
-    **dict.fromkeys(
-        ("rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "adagrad_8bit", "adagrad_32bit"),
-        {"precision": "fp32"},
-    ),
+    **{
+        name: {"optimizer": {"momentum": 0.9}, "precision": "fp32"}
+        for name in ("sgd_8bit", "sgd_32bit", "lars_32bit")
+    },
+    **{
+        name: {"precision": "fp32"}
+        for name in ("rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "adagrad_8bit", "adagrad_32bit")
+    },
     "foak": {"software": {"version": "4"}},
 }
 
