@@ -43,6 +43,7 @@ from estimator.techniques.methods.prompt_tuning import PromptTuning
 from estimator.techniques.methods.vera import Vera
 from estimator.techniques.quantization import Quantization as AnyQuantization
 from estimator.techniques.quantizations.four_bit import Fp4, Nf4
+from estimator.techniques.quantizations.gptq import GptqQuantization
 from estimator.techniques.quantizations.int8 import Int8
 from estimator.techniques.quantizations.torchao_int8 import TorchaoInt8
 from estimator.techniques.software import PROFILES
@@ -83,7 +84,7 @@ Method = (
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
-Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8
+Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8 | GptqQuantization
 QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
 
 
@@ -253,7 +254,7 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
 
 # Formats of the base weights that have no sourced answer here yet, and what is near to each.
 UNANSWERED_QUANTIZATIONS: Final[dict[str, str]] = {
-    **dict.fromkeys(("gptq", "awq", "hqq", "int4", "torchao_int4"), "use 'nf4'"),
+    **dict.fromkeys(("awq", "hqq", "int4", "torchao_int4"), "use 'nf4'"),
     **dict.fromkeys(("fp8", "float8", "mxfp8", "nvfp4"), "use 'int8', or none"),
 }
 

@@ -217,6 +217,8 @@ def _refuse_contradictions(request: EstimateRequest, optimizer: OptimizerChoice)
         )
     if request.quantization is not None:
         request.method.refuse(request.quantization.name)
+        software = request.software
+        request.quantization.refuse(request.method, software.framework, software.version)
     if request.quantization is not None and request.precision not in ("bf16", "fp16", "fp32"):
         raise InvalidRequestError(
             f"precision {request.precision!r} does not go with packed weights; choose bf16, fp16 "

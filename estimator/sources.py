@@ -277,6 +277,22 @@ SOURCES: Final[dict[str, Source]] = {
         "torchao 0.18.0, quantized tensors and float8 training",
         "https://github.com/pytorch/ao/blob/v0.18.0/torchao",
     ),
+    "gptqmodel": Source(
+        "code",
+        "GPT-QModel 7.7.0, layers over GPTQ and AWQ checkpoints",
+        "https://github.com/ModelCloud/GPTQModel/blob/v7.7.0/gptqmodel",
+    ),
+    "optimum": Source(
+        "code",
+        "optimum 2.3.0, which layers of a GPTQ model are packed",
+        "https://github.com/huggingface/optimum/blob/v2.3.0/optimum",
+    ),
+    "fms-peft": Source(
+        "code",
+        "fms-acceleration's copy of AutoGPTQ's layer, and its adapters over quantized weights",
+        "https://github.com/foundation-model-stack/fms-acceleration/tree/876e2ed/plugins/"
+        "accelerated-peft/src/fms_acceleration_peft",
+    ),
     "cudnn-frontend": Source(
         "code",
         "cuDNN frontend 1.x, graph of attention's backward",

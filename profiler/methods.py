@@ -134,6 +134,8 @@ def _with_peft(model: Any, method: Method) -> Any:
         if name not in _NOT_CONFIGURATION
     }
     dtype = getattr(method, "adapter_dtype", "float32")
+    if knobs.get("target_modules") == "all-linear":
+        knobs["target_modules"] = quantized.unseen_linears(model) or "all-linear"
     try:
         config = getattr(peft, method.peft)(task_type="CAUSAL_LM", **knobs)
         with quantized.seen_by_peft(), _without_extensions():

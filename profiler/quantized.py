@@ -11,13 +11,14 @@ from typing import Any, Final
 from unittest import mock
 
 from estimator.request import EstimateRequest
-from profiler.quantizations import bnb_4bit, bnb_8bit, torchao_int8
+from profiler.quantizations import bnb_4bit, bnb_8bit, gptqmodel, torchao_int8
 
 FORMATS: Final[dict[str, ModuleType]] = {
     "nf4": bnb_4bit,
     "fp4": bnb_4bit,
     "int8": bnb_8bit,
     "torchao_int8": torchao_int8,
+    "gptq": gptqmodel,
 }
 """The module that builds each quantization: `with_linears`, `packs`, `pack` and `tensors`."""
 
@@ -53,6 +54,25 @@ def tensors(module: Any) -> dict[str, Any]:
     return kept
 
 
+def unseen_linears(model: Any) -> list[str]:
+    """Return the paths of a model's linear layers, if some are of classes that PEFT cannot name.
+
+    PEFT's `all-linear` knows torch's and transformers' classes; the request means every layer.
+
+    Source: peft, tuners/tuners_utils.py, _maybe_include_all_linear_layers.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head, found, plain = model.get_output_embeddings(), [], (torch.nn.Linear, Conv1D)
+    packed = {path for path, each in model.named_modules() if packing(each) is not None}
+    for path, module in model.named_modules():
+        if module is not head and (path in packed or isinstance(module, plain)):
+            found.append(path)
+    unseen = any(not isinstance(model.get_submodule(path), plain) for path in packed)
+    return found if unseen else []
+
+
 def parts(parameter: Any) -> dict[str, Any]:
     """Return the tensors that a parameter is made of, by the end of their name."""
     if not hasattr(parameter, "__tensor_flatten__"):
@@ -82,7 +102,14 @@ def on_cuda() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seen_by_peft() -> Iterator[None]:
-    """Let PEFT's DoRA dequantize packed weights, which it would know by their class on a GPU."""
+    """Let PEFT know packed layers and weights, which it would know by their class on a GPU."""
+    with gptqmodel.seen_by_peft(), _dequantized_by_dora():
+        yield
+
+
+@contextlib.contextmanager
+def _dequantized_by_dora() -> Iterator[None]:
+    """Let PEFT's DoRA dequantize packed weights."""
     dora = sys.modules.get("peft.tuners.lora.dora")
     if dora is None:
         yield

@@ -284,6 +284,8 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         )
     if request.quantization is not None:
         request.method.refuse(request.quantization.name)
+        software = request.software
+        request.quantization.refuse(request.method, software.framework, software.version)
     if request.quantization is not None and request.method.trains_base:
         raise InvalidRequestError(
             "quantized base weights cannot be trained; use method=lora with quantization"

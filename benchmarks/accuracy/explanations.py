@@ -38,7 +38,7 @@ def _cast_back_by_trl(comparison: Comparison) -> str | None:
     """
     request = comparison.run.request
     quantization = request.quantization
-    prepared = quantization is not None and quantization.prepare_kbit
+    prepared = quantization is not None and quantization.upcasts and quantization.prepare_kbit
     if comparison.run.row.source_group != "fms-main" or not prepared:
         return None
     if comparison.meter != "allocated":

@@ -59,7 +59,7 @@ def _sharding(row: Row) -> str | None:
 
 
 def _method(row: Row) -> str | None:
-    known = ("full", "lora", "qlora", "adapter", "adapter_v2", "lomo")
+    known = ("full", "lora", "qlora", "gptq-lora", "adapter", "adapter_v2", "lomo")
     return f"method: {row.method}" if row.method not in known else None
 
 
@@ -84,6 +84,8 @@ def _task(row: Row) -> str | None:
 
 def _weights(row: Row) -> str | None:
     found = re.search(r"gptq|int8", row.weights_dtype or "")
+    if row.method == "gptq-lora":
+        return None
     return f"quantization format: {found[0]}" if found else None
 
 
@@ -133,7 +135,10 @@ CHECKPOINTING: Final = {"full": "full", "none": "none"}
 GPUS: Final = {"A100 80GB": "a100-80gb"}
 
 # Copies of a model under another name.
-COPIES: Final = {"NousResearch/Llama-2-70b-hf": "meta-llama/Llama-2-70b-hf"}
+COPIES: Final = {
+    "NousResearch/Llama-2-70b-hf": "meta-llama/Llama-2-70b-hf",
+    "TheBloke/Mistral-7B-v0.1-GPTQ": "mistralai/Mistral-7B-v0.1",
+}
 
 
 def _length(row: Row) -> int | None:
@@ -166,15 +171,16 @@ def _fms(row: Row) -> dict[str, Any]:
     (scripts/benchmarks/refs/requirements.txt). Its `optim` is left at adamw_torch, which is
     foreach there. Adapters are fp32 (PEFT's default). With its own plugin it skips
     `prepare_model_for_kbit_training`; without, TRL calls it. Both quantize the scales too
-    (framework_plugin_bnb.py, BNBAccelerationPlugin.model_loader).
+    (framework_plugin_bnb.py, BNBAccelerationPlugin.model_loader). Over GPTQ its own copy of
+    AutoGPTQ's Triton layer trains, in fp16 (framework_plugin_autogptq.py).
     """
     document = {**_common(row), "software": {"version": "4"}}
     if (row.loss_impl or "").startswith("fused triton CE"):
-        if row.method == "qlora":
+        if row.method in ("qlora", "gptq-lora"):
             raise InexpressibleError("framework kernels: FOAK's fused adapters over 4 bits")
         document["kernels"] = ["foak"]
     detail = row.method_detail
-    if row.method in ("lora", "qlora"):
+    if row.method in ("lora", "qlora", "gptq-lora"):
         document["method"] = {
             "name": "lora",
             "r": detail["rank"],
@@ -190,6 +196,10 @@ def _fms(row: Row) -> dict[str, Any]:
             "compute_dtype": "bfloat16",
             "prepare_kbit": "prepare_model_for_kbit_training" in detail["quant"],
         }
+    if row.method == "gptq-lora":
+        # The checkpoint has groups of 128; scenarios.yaml asks for torch_dtype float16 and fp16.
+        document |= {"precision": "fp16", "autocast": "fp16"}
+        document["quantization"] = {"name": "gptq", "kernel": "autogptq_triton"}
     return document
 
 

@@ -153,8 +153,11 @@ def recipe(request: EstimateRequest) -> str:
     method, quantization = request.method, request.quantization
     name = method.name
     if isinstance(method, Lora):
-        name = f"{'QLoRA' if quantization else 'LoRA'} r={method.r}"
-    prepared = ", k-bit preparation" if quantization and quantization.prepare_kbit else ""
+        name = f"LoRA r={method.r}"
+        if quantization is not None:
+            name = f"Q{name}" if quantization.upcasts else f"{name} over {quantization.name}"
+    raised = quantization is not None and quantization.upcasts and quantization.prepare_kbit
+    prepared = ", k-bit preparation" if raised else ""
     precision = request.precision + (f" + autocast {request.autocast}" if request.autocast else "")
     optimizer = f"{request.optimizer.name} {request.optimizer.implementation or ''}".strip()
     return (

@@ -235,6 +235,25 @@ def add_in_place(x: Tensor, y: Tensor, name: str = "add in place") -> Tensor:
     return out
 
 
+def add_to_view(x: Tensor, y: Operand | None, name: str) -> Tensor:
+    """`x += y` where x is a view of what an operator returned.
+
+    Backward copies the gradient of the whole, and once more that of the view, which goes on to y.
+
+    Source: torch-autograd, functions/tensor.cpp, CopySlices.
+    """
+    out = Tensor(x.tape, x.shape, x.dtype, x.storage, base=x.base or x)
+    source = Cite("torch-autograd", "functions/tensor.cpp, CopySlices")
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        whole = node.new_grad(0, source=source)
+        part = node.scratch("gradient of the view", *node.meta_of(0), source)
+        return whole, part if node.wants(1) else None
+
+    x.tape.record(name, (x, y), (), rule, out)
+    return out
+
+
 def scale_in_place(x: Tensor, name: str = "mul in place by a number") -> Tensor:
     """`x *= number`: the result is `x`'s own memory, but backward makes a gradient of its own."""
     out = Tensor(x.tape, x.shape, x.dtype, x.storage, base=x.base or x)

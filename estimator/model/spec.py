@@ -73,9 +73,11 @@ class Wrapper(Struct, frozen=True):
         clones: the base's output is copied first.
         converts: what is cast back to the type of the base's output. `sum always` casts input and
             sum under autocast too; the others cast only outside autocast.
+        in_place: the update is added to the base's output itself.
     """
 
     clones: bool = False
+    in_place: bool = False
     converts: Literal["sum always", "sum", "update", "unscaled update"] = "sum always"
 
 

@@ -82,7 +82,10 @@ class LoraAdapter(Struct, frozen=True):
         self, run: Forward, linear: Linear, x: Tensor, result: Tensor, converts: str
     ) -> Tensor:
         """Return the base's output with the update added to it."""
-        return ops.add(result, self._update(run, linear, x, result.dtype, converts))
+        update = self._update(run, linear, x, result.dtype, converts)
+        if linear.format is not None and linear.format.wrapper.in_place:
+            return ops.add_to_view(result, update, "sum in place")
+        return ops.add(result, update)
 
     def _update(
         self, run: Forward, linear: Linear, x: Tensor, out_dtype: DType, converts: str

@@ -11,11 +11,16 @@ from estimator.model.spec import Linear, ModelSpec, Module, WeightFormat
 from estimator.run import Run
 from estimator.section import Kind, Names
 from estimator.sources import Cite
+from estimator.techniques.method import Method
 from estimator.techniques.stage import Stage
 
 OWN_CLASS: Final = (
     "transformers packs plain nn.Linear only; the layers of {model_type} are of a class of their "
     "own and keep their full width"
+)
+UNSEEN: Final = (
+    "{name}: PEFT's target_modules 'all-linear' finds no packed layer of this format, the training "
+    "script has to name them; here it means all of them"
 )
 
 
@@ -25,11 +30,15 @@ class Quantization(Kind, frozen=True):
     Args:
         upcasts: `prepare_model_for_kbit_training` raises what is not packed to fp32. It leaves
             GPTQ, AQLM, EETQ, HQQ and torchao models as they are.
+        bias_dtype: the type of a packed layer's bias, where it does not follow the other weights.
+        plain_lora: PEFT's layer for it takes LoRA without DoRA, and biases are no parameters.
         source: the paper or the upstream line.
     """
 
     stage: ClassVar[Stage] = Stage.STORE
     upcasts: ClassVar[bool] = False
+    bias_dtype: ClassVar[DType | None] = None
+    plain_lora: ClassVar[bool] = False
     source: ClassVar[Cite]
 
     prepare_kbit: bool = True
@@ -54,6 +63,20 @@ class Quantization(Kind, frozen=True):
         """Return what the user should know about this format."""
         return ()
 
+    def refuse(self, method: Method, framework: str, version: str) -> None:
+        """Refuse a method or software that the format does not go with.
+
+        Raises:
+            UnsupportedCombinationError: by name, with what to use instead.
+        """
+        dora = getattr(method, "use_dora", False)
+        biases = getattr(method, "bias", "none") != "none"
+        if self.plain_lora and (dora or biases):
+            raise UnsupportedCombinationError(
+                f"PEFT's layer over {self.name} weights takes neither use_dora nor a trained bias; "
+                "leave them out, or use nf4"
+            )
+
     def apply(self, run: Run) -> Run:
         """Return the run with packed linear layers.
 
@@ -67,7 +90,7 @@ class Quantization(Kind, frozen=True):
 
         def quantize(module: Module) -> Module:
             if isinstance(module, Linear) and self.packs(module, run.spec):
-                return replace(module, format=packed, dtype=rest)
+                return replace(module, format=packed, dtype=self.bias_dtype or rest)
             return replace(module, dtype=rest)
 
         spec = run.spec.map_modules(quantize)

@@ -34,6 +34,7 @@ FROZEN_FLAGS = """
 --method-save-projection --method-init-r --method-target-r --method-total-step --method-tinit
 --method-tfinal --method-update-and-allocate --quantization-skip-modules
 --quantization-quant-storage --quantization-threshold
+--quantization-bits --quantization-group-size --quantization-desc-act --quantization-kernel
 --precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --optimizer-rank --optimizer-scale-type

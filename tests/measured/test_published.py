@@ -45,6 +45,8 @@ ALLOCATED_GIB = [
     ("litgptRT-llama-2-7b-adapter_v2-mb1", 23.758, 0.002),
     ("fms-main-mistral7b-qlora-accelerated-peft-bnb-bs8-1gpu", 26.461, 0.001),
     ("fms-main-llama2-70b-qlora-accelerated-peft-bnb-bs4-1gpu", 63.448, 0.01),
+    ("fms-main-mistral7b-gptq-lora-accelerated-peft-autogptq-bs4-1gpu", 15.278, 0.001),
+    ("fms-main-mistral7b-gptq-lora-accelerated-peft-autogptq-bs8-1gpu", 26.489, 0.001),
 ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Final, Protocol
 
 from tests.conformance.grids import (
+    bases,
     execution,
     loop,
     lora,
@@ -32,6 +33,7 @@ class Grid(Protocol):
 
 
 GRIDS: Final[tuple[Grid, ...]] = (
+    bases,
     execution,
     loop,
     lora,

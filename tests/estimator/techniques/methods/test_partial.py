@@ -105,7 +105,7 @@ def test_what_the_model_has_not_is_refused_by_name(knobs, said):
         ("method", "lisa"),
         ("method", "badam"),
         ("method", "adaption_prompt"),
-        ("quantization", "gptq"),
+        ("quantization", "int4"),
         ("quantization", "fp8"),
     ],
 )

@@ -1,0 +1,151 @@
+"""Base weights as gptqmodel holds them: a stand-in, since the package asks for a newer torch.
+
+PEFT's own adapters stand around these layers. What is written here is the tensors that the host
+code of gptqmodel 7.7.0 makes while a layer trains, in its order; for GPTQ they were compared once
+with those of the real layer: the same buffers, and one saved tensor, the dequantized weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any, Final
+from unittest import mock
+
+from profiler import stack
+
+LIBRARY: Final = "peft"
+_WORD: Final = 32
+_BUFFERS: Final = ("qweight", "qzeros", "scales", "g_idx", "bias", "wf")
+
+
+@cache
+def base_class() -> Any:
+    """Return the class that PEFT knows gptqmodel's layers by."""
+    import torch
+
+    class BaseQuantLinear(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
+        """What the layers below have in common."""
+
+        SUPPORTS_METHODS: tuple[Any, ...] = ()
+
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.in_features, self.out_features = inputs, outputs
+
+    return BaseQuantLinear
+
+
+@cache
+def gptq_class() -> Any:
+    """Return the stand-in for the layer that trains on GPTQ weights on a GPU.
+
+    Source: gptqmodel, nn_modules/qlinear/tritonv2.py, TritonV2Linear, which runs its base class
+    while it trains: torch.py, TorchLinear._forward_eager.
+    """
+    import torch
+
+    class TritonV2Linear(base_class()):  # type: ignore[misc]  # a class that is made when asked for
+        """Dequantizes by one compiled kernel, which allocates its result and nothing beside it."""
+
+        def __init__(self, bits: int, group: int, inputs: int, outputs: int, bias: bool) -> None:
+            super().__init__(inputs, outputs)
+            groups = 1 if group < 0 else math.ceil(inputs / group)
+            shapes = {
+                "qweight": ((math.ceil(inputs * bits / _WORD), outputs), torch.int32),
+                "qzeros": ((groups, math.ceil(outputs * bits / _WORD)), torch.int32),
+                "scales": ((groups, outputs), torch.float16),
+                "g_idx": ((inputs,), torch.int32),
+                "bias": ((outputs,), torch.float16),
+                "wf": ((_WORD // bits,), torch.int32),
+            }
+            if not bias:
+                del shapes["bias"]
+                self.bias = None
+            for name, (shape, dtype) in shapes.items():
+                self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+
+        @property
+        def weight(self) -> Any:
+            """Return something with a device and a type: the real layer's says that it is fp16."""
+            return self.scales
+
+        def forward(self, x: Any) -> Any:
+            """Run the product."""
+            rows = x.reshape(-1, x.shape[-1])
+            whole = self.scales.new_empty((self.in_features, self.out_features))
+            if whole.dtype != rows.dtype:
+                whole = whole.to(rows.dtype)
+            out = torch.matmul(rows, whole).reshape(*x.shape[:-1], self.out_features)
+            del whole
+            if self.bias is not None:
+                out.add_(self.bias.to(out.dtype))
+            return out
+
+    return TritonV2Linear
+
+
+def with_linears(model: Any, quantization: Any, _: str) -> Any:
+    """Replace the linear layers inside decoder layers, as optimum does for a GPTQ checkpoint.
+
+    Source: optimum, gptq/quantizer.py, convert_model; gptq/utils.py, get_layers.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    inside = f"{stack.layers_path(model)}."
+    for path, module in list(model.named_modules()):
+        conv = isinstance(module, Conv1D)
+        if path.startswith(inside) and (conv or type(module) is torch.nn.Linear):
+            sizes = module.weight.shape if conv else module.weight.shape[::-1]
+            bits, group = quantization.bits, quantization.group_size
+            packed = gptq_class()(bits, group, *sizes, module.bias is not None)
+            model.set_submodule(path, packed)
+    model.requires_grad_(False)
+    model.quantization_method = "gptq"
+    return model
+
+
+def packs(module: Any) -> bool:
+    """Whether a module is one of these layers."""
+    return isinstance(module, base_class())
+
+
+def pack(_: Any, __: str) -> None:
+    """Do nothing: the tensors are buffers, which get their storage as all others do."""
+
+
+def seen_dtype(module: Any) -> Any:
+    """Return the type that PEFT takes the weight to have."""
+    weight = getattr(module, "weight", None)
+    return module.qweight.dtype if weight is None else weight.dtype
+
+
+def tensors(module: Any) -> dict[str, Any]:
+    """Return the tensors of a layer, by name."""
+    found = {name: getattr(module, name, None) for name in _BUFFERS}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@contextlib.contextmanager
+def seen_by_peft() -> Iterator[None]:
+    """Let PEFT find the class of these layers where gptqmodel would be."""
+    names = ("peft.tuners.lora.gptq", "peft.tuners.lora.awq", "peft.utils.other")
+    found = [sys.modules[name] for name in names if name in sys.modules]
+    package, layers = ModuleType("gptqmodel"), ModuleType("gptqmodel.nn_modules.qlinear")
+    layers.BaseQuantLinear = base_class()  # type: ignore[attr-defined]  # a module made here
+    modules = {
+        "gptqmodel": package,
+        "gptqmodel.nn_modules": ModuleType("gptqmodel.nn_modules"),
+        layers.__name__: layers,
+    }
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.dict(sys.modules, modules))
+        for module in found:
+            found_too = mock.patch.object(module, "is_gptqmodel_available", return_value=True)
+            patches.enter_context(found_too)
+        yield

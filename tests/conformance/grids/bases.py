@@ -1,0 +1,48 @@
+"""LoRA over bases that come packed or are packed by other libraries than bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+Document = dict[str, Any]
+
+LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.05}}
+CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
+
+
+def _over(name: str, *changes: Document, **quantization: Any) -> Document:
+    """Return LoRA under autocast over one format, with what is unusual about the case."""
+    document: Document = {**LORA, "quantization": {"name": name, **quantization}}
+    for each in ({"autocast": "bf16"}, *changes):
+        document.update(each)
+    return document
+
+
+PLAIN: Final[Document] = {"autocast": None}
+FP16: Final[Document] = {"precision": "fp16", "autocast": "fp16"}
+FP32: Final[Document] = {"precision": "fp32", "autocast": None}
+BASE: Final[Document] = {"method": {"name": "lora", "r": 12, "adapter_dtype": "base"}}
+
+RECIPES: Final[dict[str, Document]] = {
+    "gptq": _over("gptq"),
+    "gptq checkpointed": _over("gptq", CHECKPOINTED),
+    "gptq without autocast": _over("gptq", PLAIN),
+    "gptq fp16": _over("gptq", FP16, CHECKPOINTED),
+    "gptq fp32": _over("gptq", FP32),
+    "gptq 8 bits, one group": _over("gptq", CHECKPOINTED, bits=8, group_size=-1),
+    "gptq 2 bits, groups of 32": _over("gptq", PLAIN, CHECKPOINTED, bits=2, group_size=32),
+    "gptq base adapters": _over("gptq", BASE, CHECKPOINTED),
+    "gptq accumulation": _over("gptq", {"gradient_accumulation_steps": 4}),
+    "gptq qwen2 padded": _over("gptq", {"padding": True}),
+    "gptq gpt2": _over("gptq"),
+    "gptq gpt2 checkpointed": _over("gptq", PLAIN, CHECKPOINTED),
+    "gptq opt eager": _over("gptq", FP16, {"attention": "eager"}),
+    "gptq short": _over("gptq", CHECKPOINTED, {"micro_batch_size": 1, "seq_len": 130}),
+}
+
+_FAMILIES: Final = ("gpt2", "qwen2", "opt", "gemma")
+MODELS: Final[dict[str, str]] = {
+    recipe: next((family for family in _FAMILIES if family in recipe), "llama-tied")
+    for recipe in RECIPES
+}
+FAST: Final = frozenset({"gptq short"})
