@@ -40,6 +40,7 @@ from estimator.techniques.methods.partial import Partial
 from estimator.techniques.methods.pfeiffer_adapter import PfeifferAdapter
 from estimator.techniques.methods.prefix_tuning import PrefixTuning
 from estimator.techniques.methods.prompt_tuning import PromptTuning
+from estimator.techniques.methods.trainable_tokens import TrainableTokens
 from estimator.techniques.methods.vera import Vera
 from estimator.techniques.quantization import Quantization as AnyQuantization
 from estimator.techniques.quantizations.four_bit import Fp4, Nf4
@@ -80,6 +81,7 @@ Method = (
     | LoReft
     | Vera
     | AdaLora
+    | TrainableTokens
     | Mezo
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)

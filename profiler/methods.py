@@ -137,7 +137,7 @@ def _with_peft(model: Any, method: Method) -> Any:
     if knobs.get("target_modules") == "all-linear":
         knobs["target_modules"] = quantized.unseen_linears(model) or "all-linear"
     try:
-        config = getattr(peft, method.peft)(task_type="CAUSAL_LM", **knobs)
+        config = getattr(peft, method.peft)(task_type="CAUSAL_LM", **_renamed(knobs))
         with quantized.seen_by_peft(), _without_extensions():
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "float32")
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
@@ -152,6 +152,14 @@ def _with_peft(model: Any, method: Method) -> Any:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to("meta")
     return adapted
+
+
+def _renamed(knobs: dict[str, Any]) -> dict[str, Any]:
+    """Write out a number of tokens as PEFT wants it: which ones makes no difference to memory."""
+    if "num_tokens" in knobs:
+        rest = {name: knob for name, knob in knobs.items() if name != "num_tokens"}
+        return {**rest, "token_indices": list(range(knobs["num_tokens"]))}
+    return knobs
 
 
 def _without_extensions() -> AbstractContextManager[Any]:

@@ -486,7 +486,7 @@ def softmax(x: Tensor, dtype: DType | None = None) -> Tensor:
     return unary(given, "softmax", keeps="output", operator="_softmax")
 
 
-def embedding(ids: Tensor, weight: Param, width: Dim) -> Tensor:
+def embedding(ids: Tensor, weight: Operand, width: Dim) -> Tensor:
     """Rows of a table; saves the ids. Backward makes a dense gradient of the whole table."""
     shape = ids.shape
     out = ids.tape.new("output", (*shape, width), weight.dtype, _derivative("embedding"))

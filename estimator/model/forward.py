@@ -200,9 +200,13 @@ class Forward:
         """
         module = self._find(name, Embedding)
         with self.tape.module(name):
-            out = ops.embedding(ids, self.param(name, module.weights()[0]), module.width)
+            table: ops.Operand = self.param(name, module.weights()[0])
+            if module.rows_trained is not None:
+                table = module.rows_trained.merged(self, module)
+            out = ops.embedding(ids, table, module.width)
             if scaled:
                 out = ops.scale(out, "scaled rows")
+            del table
         if name == self.spec.embeddings[0].name:
             if self.input_requires_grad and not out.requires_grad:
                 leaf = Param("inputs_embeds", out.shape, out.dtype, True)

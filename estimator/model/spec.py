@@ -66,6 +66,18 @@ class Adapter(Protocol):
         ...
 
 
+class TableAdapter(Protocol):
+    """What a PEFT method adds to an embedding."""
+
+    def weights(self, table: Embedding) -> tuple[Weight, ...]:
+        """Return the tensors that it adds."""
+        ...
+
+    def merged(self, run: Any, table: Embedding) -> Tensor:
+        """Return the table that rows are looked up in."""
+        ...
+
+
 class Wrapper(Struct, frozen=True):
     """How PEFT's LoRA layer for a format treats what its base returns.
 
@@ -185,13 +197,20 @@ class Norm(Module, frozen=True, eq=False, kw_only=True):
 
 
 class Embedding(Module, frozen=True, eq=False, kw_only=True):
-    """A table of `rows` vectors."""
+    """A table of `rows` vectors.
+
+    Args:
+        rows_trained: set when some of its rows are trained, and the table itself is not.
+    """
 
     rows: Dim
     width: Dim
+    rows_trained: TableAdapter | None = None
 
     def weights(self) -> tuple[Weight, ...]:
-        return (Weight("weight", (self.rows, self.width), self.dtype, self.trainable),)
+        table = Weight("weight", (self.rows, self.width), self.dtype, self.trainable)
+        added = self.rows_trained.weights(self) if self.rows_trained is not None else ()
+        return (table, *added)
 
 
 class VirtualTokens(Module, frozen=True, eq=False, kw_only=True):

@@ -8,13 +8,14 @@ from msgspec.structs import replace
 
 from estimator.dtypes import DType
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
-from estimator.model.spec import Linear
+from estimator.model.spec import Linear, ModelSpec
 from estimator.run import Run
 from estimator.section import Names
 from estimator.sources import Cite
 from estimator.techniques.dora import DoraAdapter
 from estimator.techniques.lora_adapter import LoraAdapter
 from estimator.techniques.method import Method, Targets, adapted_by_path, saved, with_biases
+from estimator.techniques.token_rows import with_token_rows
 
 # How A and B may start, and who says so.
 _STARTS: Final[dict[str, Cite]] = {
@@ -111,6 +112,8 @@ class Lora(Method, frozen=True, tag="lora"):
 
         spec = adapted_by_path(run.spec, targets, adapter, every_layer=self.singles_out_layers)
         spec = with_biases(saved(spec, self.modules_to_save), self.bias)
+        if self.trainable_token_indices:
+            spec = with_token_rows(spec, self._tokens(spec))
         return replace(run, spec=replace(spec, notes=(*spec.notes, *self._notes())))
 
     def _refuse_contradictions(self) -> None:
@@ -118,9 +121,8 @@ class Lora(Method, frozen=True, tag="lora"):
 
         Source: peft, tuners/lora/config.py, LoraConfig.__post_init__.
         """
-        for field_name in ("trainable_token_indices", "target_parameters"):
-            if getattr(self, field_name):
-                raise UnsupportedCombinationError(f"{field_name} has no sourced answer here yet")
+        if self.target_parameters:
+            raise UnsupportedCombinationError("target_parameters has no sourced answer here yet")
         by_number = bool(self.layers_to_transform)
         if by_number and isinstance(self.target_modules, str):
             raise InvalidRequestError(
@@ -135,10 +137,25 @@ class Lora(Method, frozen=True, tag="lora"):
                 "adapter_dtype 'bfloat16' with use_dora, modules_to_save or bias has no sourced "
                 "answer here yet; use float32"
             )
+        if self.adapter_dtype != "float32" and self.trainable_token_indices:
+            raise UnsupportedCombinationError(
+                f"adapter_dtype {self.adapter_dtype!r} with trainable_token_indices has no sourced "
+                "answer here yet; use float32"
+            )
         if self.lora_bias and self.use_dora:
             raise InvalidRequestError("lora_bias does not go with use_dora; leave one of them out")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise InvalidRequestError("lora_bias needs init_lora_weights true or false")
+
+    def _tokens(self, spec: ModelSpec) -> int:
+        """Return how many rows of the embedding are trained; one named twice is there twice."""
+        beyond = [each for each in self.trainable_token_indices if each >= spec.vocab.value]
+        if beyond or min(self.trainable_token_indices) < 0:
+            raise InvalidRequestError(
+                f"trainable_token_indices name rows that the table of {spec.vocab.value} tokens "
+                "does not have"
+            )
+        return len(self.trainable_token_indices)
 
     def _rank(self, path: str) -> int:
         """Return the rank of the adapter at a path.

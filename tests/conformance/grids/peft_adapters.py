@@ -8,6 +8,7 @@ Document = dict[str, Any]
 
 CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
 NF4: Final[Document] = {"quantization": {"name": "nf4"}, "autocast": "bf16"}
+PADDED: Final[Document] = {"padding": True}
 SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 130}
 
 ADALORA: Final[Document] = {"method": "adalora"}
@@ -15,6 +16,11 @@ ADALORA_ALL: Final[Document] = {
     "method": {"name": "adalora", "target_modules": "all-linear", "lora_dropout": 0.05},
 }
 ADALORA_SCORED: Final[Document] = {"method": {"name": "adalora", "update_and_allocate": True}}
+
+TOKENS: Final[Document] = {"method": {"name": "trainable_tokens", "num_tokens": 300}}
+LORA_TOKENS: Final[Document] = {
+    "method": {"name": "lora", "trainable_token_indices": list(range(40))},
+}
 
 RECIPES: Final[dict[str, Document]] = {
     "adalora": ADALORA,
@@ -43,12 +49,29 @@ RECIPES: Final[dict[str, Document]] = {
     "adalora biases": {**ADALORA_ALL, **CHECKPOINTED},
     "adalora smoothed": {**ADALORA, "loop": {"label_smoothing_factor": 0.1}},
     "adalora fused loss": {**ADALORA, "loss": "fused_linear"},
+    "trainable tokens": TOKENS,
+    "trainable tokens checkpointed": {**TOKENS, **CHECKPOINTED},
+    "trainable tokens amp": {**TOKENS, "precision": "amp_bf16"},
+    "trainable tokens nf4 checkpointed": {**TOKENS, **NF4, **CHECKPOINTED},
+    "trainable tokens tied, amp": {**TOKENS, "precision": "amp_bf16"},
+    "trainable tokens tied, short": {**TOKENS, **SHORT},
+    "trainable tokens of gpt2": {**TOKENS, **PADDED},
+    "trainable tokens of gemma3": {**TOKENS, **CHECKPOINTED},
+    "lora, tokens": LORA_TOKENS,
+    "lora, tokens, tied, checkpointed": {**LORA_TOKENS, **CHECKPOINTED},
+    "lora, tokens, nf4": {**LORA_TOKENS, **NF4, **CHECKPOINTED},
+    "lora, tokens, accumulation": {**LORA_TOKENS, "gradient_accumulation_steps": 4},
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
     "adalora checkpointed": "llama-tied",
     "adalora conv1d": "gpt2",
     "adalora biases": "qwen2",
+    "trainable tokens tied, amp": "llama-tied",
+    "trainable tokens tied, short": "llama-tied",
+    "trainable tokens of gpt2": "gpt2",
+    "trainable tokens of gemma3": "gemma3",
+    "lora, tokens, tied, checkpointed": "qwen2",
 }
 
-FAST: Final = frozenset({"adalora"})
+FAST: Final = frozenset({"adalora", "lora, tokens, tied, checkpointed"})
