@@ -191,6 +191,8 @@ ASKED: Final = (
     "/quantization/name",
     "/precision",
     "/autocast",
+    "/fp8/name",
+    "/fp8/recipe",
     "/optimizer/name",
     "/optimizer/implementation",
     "/activation_checkpointing",

@@ -16,6 +16,8 @@ class DType(Enum):
     INT8 = ("int8", 1)
     UINT8 = ("uint8", 1)
     BOOL = ("bool", 1)
+    FLOAT8_E4M3 = ("float8_e4m3fn", 1)
+    FLOAT8_E5M2 = ("float8_e5m2", 1)
 
     # Members are single objects; Enum would hash the name in Python at every look-up.
     __hash__ = object.__hash__

@@ -73,6 +73,7 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
     "Precision and optimizer": (
         Flag("--precision", "/precision", "Storage of the weights; amp_*: fp32 with autocast."),
         Flag("--autocast", "/autocast", "Autocast over stored weights: Trainer's bf16=True."),
+        Flag("--fp8", "/fp8/name", "Products of linear layers in 8-bit floats, by which library."),
         Flag("--optimizer", "/optimizer/name", "Our name or that of TrainingArguments.optim."),
         Flag(
             "--optimizer-implementation",
@@ -154,7 +155,7 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
 # Spellings that the request accepts beside a field's own choices and writes out itself.
 _SHORT_CHOICES: Final[dict[str, tuple[str, ...]]] = {"/method/name": tuple(METHOD_ALIASES)}
 # Sections that exist in several kinds: the flag that names the kind decides which fields there are.
-_KINDS: Final = ("method", "quantization", "optimizer")
+_KINDS: Final = ("method", "quantization", "fp8", "optimizer")
 
 
 class Field(Struct, frozen=True):
@@ -249,6 +250,7 @@ def _with_derived(declared: dict[str, tuple[Flag, ...]]) -> dict[str, tuple[Flag
 _DERIVED: Final = {
     "method": "Method",
     "quantization": "Method",
+    "fp8": "Precision and optimizer",
     "optimizer": "Precision and optimizer",
 }
 FLAG_GROUPS: Final = _with_derived(_DECLARED)
@@ -466,7 +468,7 @@ def overlay(document: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
         section, *inner = pointer.strip("/").split("/")
         if section in _KINDS and inner == ["name"]:
             continue
-        if section in ("method", "quantization"):
+        if section in ("method", "quantization", "fp8"):
             _refuse_unless_chosen(pointer, out.get(section))
         _put(out, (section, *inner), value)
     return out
@@ -498,6 +500,8 @@ def _refuse_unless_chosen(pointer: str, section: Any) -> None:
             raise click.UsageError(f"{flag.option} needs {listed}")
     if name == "quantization" and section is None:
         raise click.UsageError(f"{flag.option} needs --quantization nf4, or --method qlora")
+    if name == "fp8" and section is None:
+        raise click.UsageError(f"{flag.option} needs --fp8 torchao")
 
 
 def _methods_with(field: str) -> tuple[str, ...]:

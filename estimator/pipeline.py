@@ -20,6 +20,7 @@ from estimator.calibration import (
     reserved_range,
 )
 from estimator.catalog import Gpu
+from estimator.eager.float8 import MULTIPLE
 from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.allocator import charge
@@ -30,7 +31,7 @@ from estimator.memory.timeline import Moment, Step, compile_step
 from estimator.memory.trace import Trace, trace
 from estimator.model.spec import Embedding, Linear
 from estimator.request import EstimateRequest
-from estimator.resolve import check_length, resolve
+from estimator.resolve import check_gpu, check_length, check_tokens, resolve
 from estimator.result import Capacity, Limits, Parameters, Peak, Range, Result, Verdict
 from estimator.run import Run
 from estimator.techniques.software import profile
@@ -121,6 +122,7 @@ class Engine:
             exceeds_window=any(max(seq_len, second) >= window for window in self.windows),
             several_rows=micro_batch_size > 1 or not self.multiplies_scores,
             loss_rows=LOSSES[self.run.loss].rows(self.run.spec, tokens),
+            aligned_tokens=not self.run.pads_tokens or tokens % MULTIPLE == 0,
         )
 
     def numbers(self, micro_batch_size: int, seq_len: int) -> tuple[int, int, int]:
@@ -214,6 +216,7 @@ def engine_for(request: EstimateRequest, config: Mapping[str, Any], name: str) -
     key = (name, id(config), recipe, request.optimizer)
     engine = _engine(_Asked(request, config, name, key))
     check_length(engine.run, request.seq_len)
+    check_tokens(engine.run, request.micro_batch_size * request.seq_len)
     return engine
 
 
@@ -261,6 +264,7 @@ def answer(
         name: the model's name for people.
         gpu: the catalogue's row of the requested GPU, if one was requested.
     """
+    check_gpu(request, gpu)
     engine = engine_for(request, config, name)
     device = device_of(gpu, request)
     b, s = request.micro_batch_size, request.seq_len

@@ -120,10 +120,13 @@ def _smallest_gpu(engine: Engine, request: EstimateRequest) -> str | None:
 def _candidates(request: EstimateRequest) -> list[Gpu]:
     half = request.precision in ("bf16", "amp_bf16", "master_bf16", "megatron_bf16")
     flash = request.attention == "flash_attention_2"
+    eight = request.fp8 is not None
     return [
         gpu
         for gpu in _by_memory()
-        if (gpu.bf16_supported or not half) and (gpu.flash_attention_2_supported or not flash)
+        if (gpu.bf16_supported or not half)
+        and (gpu.flash_attention_2_supported or not flash)
+        and (gpu.multiplies_in_8_bits or not eight)
     ]
 
 
@@ -201,6 +204,8 @@ def _changes(request: EstimateRequest) -> Iterator[_Change]:
     if request.activation_checkpointing == "none":
         change = {"activation_checkpointing": "full"}
         yield _Change(change, "full activation checkpointing", "slower")
+    if request.fp8 is not None:
+        yield _Change({"fp8": None}, "products in full width instead of 8 bits", "slower")
     if request.micro_batch_size > 1:
         steps = request.gradient_accumulation_steps * request.micro_batch_size
         yield _Change(

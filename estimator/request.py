@@ -20,6 +20,8 @@ from estimator.errors import (
 )
 from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
+from estimator.techniques.fp8 import Fp8 as AnyFp8
+from estimator.techniques.fp8_backends.torchao import Torchao
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.adalora import AdaLora
 from estimator.techniques.methods.boft import Boft
@@ -88,6 +90,9 @@ METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
 Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8 | GptqQuantization
 QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
+
+Fp8 = Torchao
+FP8_LIBRARIES: Final[tuple[type[AnyFp8], ...]] = (Torchao,)
 
 
 class Loop(Section, frozen=True):
@@ -161,6 +166,7 @@ class EstimateRequest(Section, frozen=True):
         "fp32", "bf16", "fp16", "master_bf16", "megatron_bf16", "amp_bf16", "amp_fp16"
     ] = "bf16"
     autocast: Literal["bf16", "fp16"] | None = None
+    fp8: Fp8 | None = None
     optimizer: Optimizer = Optimizer()
     micro_batch_size: Annotated[int, Meta(ge=1, le=MAX_MICRO_BATCH_SIZE)] = 1
     seq_len: Annotated[int, Meta(ge=1, le=MAX_SEQ_LEN)] = 2048
@@ -257,7 +263,25 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
 # Formats of the base weights that have no sourced answer here yet, and what is near to each.
 UNANSWERED_QUANTIZATIONS: Final[dict[str, str]] = {
     **dict.fromkeys(("awq", "hqq", "int4", "torchao_int4"), "use 'nf4'"),
-    **dict.fromkeys(("fp8", "float8", "mxfp8", "nvfp4"), "use 'int8', or none"),
+    **dict.fromkeys(
+        ("fp8", "float8"),
+        "to train with products in 8-bit floats ask for field fp8 ('torchao'); to store the base "
+        "in 8 bits use 'int8'",
+    ),
+    **dict.fromkeys(("mxfp8", "nvfp4"), "use 'int8' or 'nf4', or none"),
+}
+
+# Accelerate's spelling of the libraries that train in 8-bit floats.
+FP8_ALIASES: Final[dict[str, str]] = {"ao": "torchao"}
+
+# Ways to train in few bits that have no sourced answer here yet, and what is near to each.
+UNANSWERED_FP8: Final[dict[str, str]] = {
+    "msamp": "Accelerate advises against it; use 'torchao'",
+    **dict.fromkeys(
+        ("mxfp8", "nvfp4"),
+        "its kernels run on Blackwell only and cast in Triton and CUDA; use 'torchao', recipe "
+        "'rowwise'",
+    ),
 }
 
 # What TRL's SFTTrainer does where nobody says otherwise: trl 1.16.0, trainer/base_config.py
@@ -277,6 +301,7 @@ CHECKPOINTING_ALIASES: Final = ("gradient_checkpointing", "recompute")
 SHORT_FORMS: Final[dict[str, str]] = {
     "method": "name",
     "quantization": "name",
+    "fp8": "name",
     "optimizer": "name",
     "parallelism": "strategy",
     "hardware": "gpu",
@@ -304,6 +329,10 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
         out["method"] = {**meant.knobs, **method, "name": meant.method}
         if out.get("quantization") is None and meant.quantization is not None:
             out["quantization"] = {"name": meant.quantization}
+    fp8 = out.get("fp8")
+    if isinstance(fp8, dict) and isinstance(fp8.get("name"), str):
+        library = fp8["name"].lower()
+        out["fp8"] = {**fp8, "name": FP8_ALIASES.get(library, library)}
     optimizer = out.get("optimizer")
     if isinstance(optimizer, dict) and isinstance(optimizer.get("name"), str):
         name = optimizer["name"].lower()
@@ -381,7 +410,11 @@ def convert_request(value: Any) -> EstimateRequest:
 
 def _refuse_unanswered(document: Any) -> None:
     """Refuse by name what the field is known to have and this version cannot answer."""
-    tables = {"method": UNANSWERED_METHODS, "quantization": UNANSWERED_QUANTIZATIONS}
+    tables = {
+        "method": UNANSWERED_METHODS,
+        "quantization": UNANSWERED_QUANTIZATIONS,
+        "fp8": UNANSWERED_FP8,
+    }
     for field, table in tables.items():
         section = document.get(field) if isinstance(document, dict) else None
         name = section.get("name") if isinstance(section, dict) else None
@@ -440,7 +473,7 @@ def _unknown_field(name: str) -> str:
 def known_fields() -> set[str]:
     """Return the name of every field of the request, at any depth."""
     sections: list[type[Section]] = [
-        EstimateRequest, *METHODS, *QUANTIZATIONS, Optimizer, Loop, Parallelism, Hardware, Software,
-        CpuOffload,
+        EstimateRequest, *METHODS, *QUANTIZATIONS, *FP8_LIBRARIES, Optimizer, Loop, Parallelism,
+        Hardware, Software, CpuOffload,
     ]  # fmt: skip
     return {name for section in sections for name in section.__struct_fields__} | {"name"}

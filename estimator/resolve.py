@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from msgspec import structs
 
+from estimator.catalog import Gpu
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.memory.standing import trained_tensors
 from estimator.model.families import read_spec
@@ -171,6 +172,8 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
     if request.quantization is not None:
         chosen.append(request.quantization)
     chosen += [KERNELS[each] for each in request.kernels]
+    if request.fp8 is not None:
+        chosen.append(request.fp8)
     if request.loop.label_smoothing_factor:
         chosen.append(Smoothing())
     if request.loss in FUSED_LOSSES:
@@ -269,4 +272,32 @@ def check_length(run: Run, seq_len: int) -> None:
         raise InvalidRequestError(
             f"seq_len {seq_len}{beside} is beyond the {spec.max_positions} positions that this "
             f"{spec.model_type} model has in its table"
+        )
+
+
+def check_gpu(request: EstimateRequest, gpu: Gpu | None) -> None:
+    """Refuse a card without the kernels that a request asks for.
+
+    Raises:
+        InvalidRequestError: products in 8-bit floats on a card that has none.
+    """
+    if request.fp8 is not None and gpu is not None and not gpu.multiplies_in_8_bits:
+        raise InvalidRequestError(
+            f"fp8 needs compute capability 8.9 (Ada, Hopper and later), and {gpu.name} has "
+            f"{gpu.compute_capability}; leave out fp8"
+        )
+
+
+def check_tokens(run: Run, tokens: int) -> None:
+    """Refuse a micro-batch whose tokens the kernels of this run do not take.
+
+    Raises:
+        InvalidRequestError: the tokens are no multiple of what the kernel needs.
+
+    Source: torch-meta, _check_scaled_mm_sizes.
+    """
+    if tokens % run.token_multiple:
+        raise InvalidRequestError(
+            f"fp8 without pad_inner_dim multiplies over {tokens} tokens, and its kernel takes "
+            f"multiples of {run.token_multiple} only; choose another seq_len, or pad_inner_dim true"
         )

@@ -52,6 +52,8 @@ class Run(Struct, frozen=True):
         keeps_importance: the loop keeps AdaLoRA's three scores of every adapter weight.
         forward_only: the step evaluates the loss and has no backward pass (MeZO).
         limits_norm: the loop scales the gradients where their norm is beyond a limit.
+        pads_tokens: products over the tokens are padded to a multiple of 16.
+        token_multiple: products over the tokens need a multiple of this.
     """
 
     spec: ModelSpec
@@ -70,6 +72,8 @@ class Run(Struct, frozen=True):
     keeps_importance: bool = False
     forward_only: bool = False
     limits_norm: bool = False
+    pads_tokens: bool = False
+    token_multiple: int = 1
 
     def batch(self, micro_batch_size: int, seq_len: int) -> tuple[int, int]:
         """Return the rows that the model sees, and their length: packed sequences are one row.

@@ -69,11 +69,22 @@ SOURCES: Final[dict[str, Source]] = {
         "PyTorch 2.13.0, allocator of pinned host memory",
         f"{_TORCH}/aten/src/ATen/core/CachingHostAllocator.h",
     ),
+    "torch-meta": Source(
+        "code",
+        "PyTorch 2.13.0, what an operator asks of its inputs",
+        f"{_TORCH}/torch/_meta_registrations.py",
+    ),
     "torchtitan": Source(
         "code",
         "torchtitan at commit cfb932651530, selective activation checkpointing",
         "https://github.com/pytorch/torchtitan/blob/cfb93265153094f99736547f26b5346410181102/"
         "torchtitan/distributed/activation_checkpoint.py",
+    ),
+    "torchtitan-quantization": Source(
+        "code",
+        "torchtitan at commit b5bcd76c66d0, float8 training",
+        "https://github.com/pytorch/torchtitan/tree/b5bcd76c66d0acb1a08b176d9639425bc55e0b2a/"
+        "torchtitan/components/quantization",
     ),
     "korthikanti2022": Source(
         "paper",
@@ -210,6 +221,11 @@ SOURCES: Final[dict[str, Source]] = {
         "code",
         "Accelerate 1.15.0, mixed precision",
         "https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
+    ),
+    "accelerate-ao": Source(
+        "code",
+        "Accelerate 1.15.0, torchao's float8 training",
+        "https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/ao.py",
     ),
     "peft": Source(
         "code",

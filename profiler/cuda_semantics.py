@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 from unittest import mock
 
@@ -65,7 +66,11 @@ def cuda_semantics(
                 library.impl(name, composite, "AutogradCPU")
             for name, cast in _autocast_kernels().items():
                 library.impl(name, cast, "AutocastCPU")
-        with mock.patch.object(torch, "is_autocast_enabled", _is_autocast_enabled):
+        with mock.patch.multiple(
+            torch,
+            is_autocast_enabled=_is_autocast_enabled,
+            get_autocast_gpu_dtype=partial(torch.get_autocast_dtype, "cpu"),
+        ):
             yield
     finally:
         library._destroy()

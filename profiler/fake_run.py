@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from estimator.errors import EstimatorError, InvalidRequestError, UnsupportedCombinationError
 from estimator.pipeline import device_of
 from estimator.request import EstimateRequest
+from estimator.resolve import check_gpu
 from estimator.service import requested_gpu
 from estimator.techniques.execution import parse_checkpointing
 from profiler import attention, checkpointing, kernels, optimizers, quantized, stack, workload
@@ -38,6 +39,7 @@ def fake_run(
     Raises:
         EstimatorError: the run is not supported, or the real stack refuses it.
     """
+    check_gpu(request, requested_gpu(request))
     progress(0.0, "building the model")
     with (
         warnings.catch_warnings(),

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from estimator.components import Component
-from profiler import trace
+from profiler import float8, trace
 from profiler.cuda_kernels import Kernels
 from profiler.known_values import KnownValues
 from profiler.places import NOWHERE, Place, Places
@@ -241,6 +241,8 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if float8.is_wrapped(types):
+            return NotImplemented
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         place = self._place(args)

@@ -24,7 +24,7 @@ from estimator.errors import (
 )
 from estimator.request import EstimateRequest
 from estimator.techniques.execution import parse_checkpointing
-from profiler import kernels, losses, methods, optimizers, quantized, trace
+from profiler import float8, kernels, losses, methods, optimizers, quantized, trace
 from profiler.placement import place
 
 PhaseCallback = Callable[[str], None]
@@ -192,6 +192,7 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
     if request.method.peft is not None:
         _import("peft")
     model = methods.trained(model, request)
+    float8.convert(model, request)
     how = parse_checkpointing(request.activation_checkpointing)
     if how is not None:
         checkpointing.enable(model, how)

@@ -20,7 +20,14 @@ import click
 from estimator.config_file import parse_config
 from estimator.errors import InvalidRequestError
 from estimator.flags import FLAG_GROUPS, FLAGS, OrNone, overlay, request_fields, request_options
-from estimator.request import METHOD_ALIASES, METHODS, QUANTIZATIONS, expand_short_forms
+from estimator.request import (
+    FP8_LIBRARIES,
+    METHOD_ALIASES,
+    METHODS,
+    QUANTIZATIONS,
+    expand_short_forms,
+)
+from estimator.section import Kind
 from estimator.techniques.execution import CHECKPOINTING
 from estimator.techniques.optimizers import OPTIMIZERS
 
@@ -217,22 +224,25 @@ def _that_apply(given: Mapping[str, Any]) -> dict[str, Any]:
     method = given.get("/method/name", controls()["/method/name"].default)
     alias = METHOD_ALIASES.get(method)
     quantization = given.get("/quantization/name") or (alias and alias.quantization)
-    packed = _quantization_fields().get(str(quantization), frozenset())
+    of_kinds = {
+        "quantization": _fields(QUANTIZATIONS).get(str(quantization), frozenset()),
+        "fp8": _fields(FP8_LIBRARIES).get(str(given.get("/fp8/name")), frozenset()),
+    }
     kept = {}
     for pointer, value in given.items():
         section, field = pointer.strip("/").partition("/")[::2]
         applies = method in controls()[pointer].methods or not controls()[pointer].methods
-        if applies and (section != "quantization" or field in packed):
+        if applies and (section not in of_kinds or field in of_kinds[section]):
             kept[pointer] = value
     return kept
 
 
 @cache
-def _quantization_fields() -> dict[str, frozenset[str]]:
-    """Return the fields of each format of the base weights, its name among them."""
+def _fields(kinds: tuple[type[Kind], ...]) -> dict[str, frozenset[str]]:
+    """Return the fields of each kind of a section, its name among them."""
     return {
         str(kind.__struct_config__.tag): frozenset(kind.__struct_fields__) | {"name"}
-        for kind in QUANTIZATIONS
+        for kind in kinds
     }
 
 

@@ -67,6 +67,15 @@ class Gpu(Struct, frozen=True, eq=False):
     sources: tuple[str, ...]
     notes: str
 
+    @property
+    def multiplies_in_8_bits(self) -> bool:
+        """Whether an NVIDIA card multiplies 8-bit floats: Ada, Hopper and later.
+
+        Source: torchtitan-quantization, float8.py, Float8LinearConverter.
+        """
+        major, _, minor = self.compute_capability.partition(".")
+        return not major.isdigit() or (int(major), int(minor)) >= (8, 9)
+
 
 @lru_cache(maxsize=1)
 def gpus() -> tuple[Gpu, ...]:

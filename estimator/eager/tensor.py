@@ -226,6 +226,7 @@ class Regime(NamedTuple):
         exceeds_window: the length is beyond the sliding window of some layers.
         several_rows: more than one sequence, so that batched products copy what lies by token.
         loss_rows: tokens in one chunk of a fused loss; None where one chunk holds them all.
+        aligned_tokens: the tokens of the micro-batch are a multiple of 16.
     """
 
     sorts_embedding_gradient: bool = True
@@ -233,6 +234,7 @@ class Regime(NamedTuple):
     exceeds_window: bool = False
     several_rows: bool = True
     loss_rows: int | None = None
+    aligned_tokens: bool = True
 
 
 class Tape:

@@ -151,6 +151,8 @@ class Forward:
             return module.format.forward(self, module, x)
         weight, bias = self.param(module.name, module.weight()), module.bias_weight()
         vector = self.param(module.name, bias) if bias else None
+        if module.product is not None:
+            return module.product.forward(self, weight, vector, x, module.fan_out)
         if not module.spelled_out:
             return ops.linear(x, weight, vector, module.fan_out)
         product = ops.linear(x, weight, None, module.fan_out, caches=False)

@@ -112,6 +112,14 @@ class WeightFormat(Protocol):
         ...
 
 
+class Product(Protocol):
+    """How a linear layer multiplies by its plain weight, other than as torch's linear does."""
+
+    def forward(self, run: Any, weight: Param, bias: Param | None, x: Tensor, out: Dim) -> Tensor:
+        """Return `x W^T + b`."""
+        ...
+
+
 class Module(Struct, frozen=True, eq=False, kw_only=True):
     """A named part of the model; `dtype` is how it is stored.
 
@@ -139,6 +147,7 @@ class Linear(Module, frozen=True, eq=False, kw_only=True):
         spelled_out: Falcon's `x @ W.T + b`: autocast caches no view of a weight, and the sum with
             the bias is an operator of its own. A quantized layer is no such layer any more.
         format: set when the weight is quantized.
+        product: set when the layer's class multiplies in its own way.
         adapter: set when a PEFT method targets the layer.
     """
 
@@ -148,6 +157,7 @@ class Linear(Module, frozen=True, eq=False, kw_only=True):
     transposed: bool = False
     spelled_out: bool = False
     format: WeightFormat | None = None
+    product: Product | None = None
     adapter: Adapter | None = None
 
     def weight(self) -> Weight:

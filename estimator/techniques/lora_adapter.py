@@ -11,7 +11,7 @@ from estimator.eager import ops
 from estimator.eager.size import dim
 from estimator.eager.tensor import Tensor
 from estimator.model.forward import Forward
-from estimator.model.spec import Linear, Weight, Wrapper
+from estimator.model.spec import Linear, Product, Weight, Wrapper
 from estimator.sources import Cite
 
 _BIAS = Cite("peft", "tuners/lora/layer.py, LoraLayer.update_layer, lora_bias")
@@ -24,12 +24,15 @@ class LoraAdapter(Struct, frozen=True):
     Args:
         dtype: how A and B are stored; None means as the base weights are.
         bias: B has a bias of its own.
+        down_product, up_product: how A and B multiply, if other than as torch's linear does.
     """
 
     r: int
     dropout: float
     dtype: DType | None
     bias: bool = False
+    down_product: Product | None = None
+    up_product: Product | None = None
 
     def weights(self, linear: Linear) -> tuple[Weight, ...]:
         """Return A and B, and the bias of B if there is one.
@@ -101,8 +104,15 @@ class LoraAdapter(Struct, frozen=True):
         down, up, *rest = self.weights(linear)
         bias = run.param(linear.name, rest[0]) if self.bias else None
         with run.tape.module("lora_A"):
-            hidden = ops.linear(
-                ops.dropout(x, dropout), run.param(linear.name, down), None, dim("r", self.r)
-            )
+            matrix, rank = run.param(linear.name, down), dim("r", self.r)
+            dropped = ops.dropout(x, dropout)
+            if self.down_product is not None:
+                hidden = self.down_product.forward(run, matrix, None, dropped, rank)
+            else:
+                hidden = ops.linear(dropped, matrix, None, rank)
+            del dropped
         with run.tape.module("lora_B"):
-            return ops.linear(hidden, run.param(linear.name, up), bias, linear.fan_out)
+            matrix = run.param(linear.name, up)
+            if self.up_product is not None:
+                return self.up_product.forward(run, matrix, bias, hidden, linear.fan_out)
+            return ops.linear(hidden, matrix, bias, linear.fan_out)

@@ -44,10 +44,11 @@ class Fused(Struct, frozen=True):
                 f"{self.library} has no loss {self.name!r} for {model_type} models; use 'chunked' "
                 "or 'standard'"
             )
-        if head.adapter is not None or head.format is not None or head.bias:
+        if head.adapter or head.format or head.product or head.bias:
             raise UnsupportedCombinationError(
                 f"loss {self.name!r} reads nothing of the head but its weight, and that of this "
-                "run has an adapter, a quantized weight or a bias; use loss 'standard'"
+                "run has an adapter, a quantized weight, a product in 8 bits or a bias; use loss "
+                "'standard'"
             )
         return replace(run, loss=self.name)
 

@@ -35,7 +35,9 @@ FROZEN_FLAGS = """
 --method-tfinal --method-update-and-allocate --method-num-tokens --quantization-skip-modules
 --quantization-quant-storage --quantization-threshold
 --quantization-bits --quantization-group-size --quantization-desc-act --quantization-kernel
---precision --autocast --optimizer --optimizer-implementation --momentum --optimizer-in-backward
+--precision --autocast
+--fp8 --fp8-recipe --fp8-pad-inner-dim --fp8-filter-fqns
+--optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --optimizer-rank --optimizer-scale-type
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing

@@ -10,6 +10,7 @@ from msgspec import structs
 
 from estimator.flags import FLAGS, given_flags, overlay, parse_flagged, request_options
 from estimator.request import (
+    FP8_LIBRARIES,
     METHOD_ALIASES,
     METHODS,
     QUANTIZATIONS,
@@ -154,6 +155,9 @@ def test_every_flag_gives_a_value_that_the_request_accepts(flag, option):
     formats = (kind().name for kind in QUANTIZATIONS if field in kind.__struct_fields__)
     quantization = next(formats, "nf4") if flag.pointer.startswith("/quantization/") else "nf4"
     chosen = {"/model": "gpt2", "/method/name": method, "/quantization/name": quantization}
+    if flag.pointer.startswith("/fp8/"):
+        libraries = (kind().name for kind in FP8_LIBRARIES if field in kind.__struct_fields__)
+        chosen["/fp8/name"] = next(libraries, "torchao")
     parse_flagged(overlay({}, {**chosen, flag.pointer: _value_typed_for(option)}), ())
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 from tests.conformance.grids import (
     bases,
     execution,
+    fp8,
     loop,
     lora,
     loss,
@@ -35,6 +36,7 @@ class Grid(Protocol):
 GRIDS: Final[tuple[Grid, ...]] = (
     bases,
     execution,
+    fp8,
     loop,
     lora,
     loss,
