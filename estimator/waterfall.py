@@ -325,6 +325,14 @@ def _quantization(current: EstimateRequest, asked: EstimateRequest) -> _Change |
     )
 
 
+def _fp8(current: EstimateRequest, asked: EstimateRequest) -> _Change | None:
+    if current.fp8 == asked.fp8:
+        return None
+    name = "none" if asked.fp8 is None else asked.fp8.name
+    price = "the factors of products are rounded to 8 bits"
+    return _Change({"fp8": asked.fp8}, f"fp8 {name}", "changes training", price)
+
+
 _SAME: Final = "the same numbers up to rounding"
 ORDER: Final[tuple[ChangeOf, ...]] = (
     _field("attention", "none", _SAME),
@@ -338,4 +346,5 @@ ORDER: Final[tuple[ChangeOf, ...]] = (
     _in_backward,
     _method,
     _quantization,
+    _fp8,
 )

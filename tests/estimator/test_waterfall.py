@@ -129,7 +129,7 @@ def test_every_field_of_the_request_is_work_or_a_technique():
     """A new field has to say which, or nobody learns what it saves."""
     asked = {"optimizer": "lion", "precision": "fp32", "autocast": "bf16", "method": "qlora"}
     asked |= {"activation_checkpointing": "full", "attention": "sdpa", "loss": "chunked"}
-    asked |= {"kernels": ["liger"], "loop": {"use_cache": True}}
+    asked |= {"kernels": ["liger"], "loop": {"use_cache": True}, "fp8": "torchao"}
     full = parse_request({"model": LLAMA_7B, **asked})
     naive = EstimateRequest(model=LLAMA_7B, **NAIVE)
     reached = {"autocast"}
