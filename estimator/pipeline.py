@@ -90,9 +90,14 @@ class Engine:
             if isinstance(module, Embedding)
             for weight in module.weights()
         )
-        self.packs_weights = any(
-            isinstance(module, Linear) and module.format is not None
-            for module, _ in run.spec.module_counts()
+        # Tokens from which on packed weights are dequantized as a whole.
+        self.packed_tokens = next(
+            (
+                getattr(module.format, "dense_tokens", FUSED_4BIT_TOKENS)
+                for module, _ in run.spec.module_counts()
+                if isinstance(module, Linear) and module.format is not None
+            ),
+            None,
         )
         self._traces = traces
         self._steps: dict[Regime, Step] = {}
@@ -118,7 +123,7 @@ class Engine:
         looked_up = tokens if self.trains_embeddings else micro_batch_size * self.run.prefix_tokens
         return Regime(
             sorts_embedding_gradient=looked_up > SORTED_EMBEDDING_TOKENS,
-            dequantizes=self.packs_weights and tokens > FUSED_4BIT_TOKENS,
+            dequantizes=self.packed_tokens is not None and tokens > self.packed_tokens,
             exceeds_window=any(max(seq_len, second) >= window for window in self.windows),
             several_rows=micro_batch_size > 1 or not self.multiplies_scores,
             loss_rows=LOSSES[self.run.loss].rows(self.run.spec, tokens),

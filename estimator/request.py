@@ -45,6 +45,7 @@ from estimator.techniques.methods.prompt_tuning import PromptTuning
 from estimator.techniques.methods.trainable_tokens import TrainableTokens
 from estimator.techniques.methods.vera import Vera
 from estimator.techniques.quantization import Quantization as AnyQuantization
+from estimator.techniques.quantizations.awq import AwqQuantization
 from estimator.techniques.quantizations.four_bit import Fp4, Nf4
 from estimator.techniques.quantizations.gptq import GptqQuantization
 from estimator.techniques.quantizations.int8 import Int8
@@ -88,7 +89,7 @@ Method = (
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
-Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8 | GptqQuantization
+Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8 | GptqQuantization | AwqQuantization
 QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
 
 Fp8 = Torchao
@@ -262,7 +263,7 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
 
 # Formats of the base weights that have no sourced answer here yet, and what is near to each.
 UNANSWERED_QUANTIZATIONS: Final[dict[str, str]] = {
-    **dict.fromkeys(("awq", "hqq", "int4", "torchao_int4"), "use 'nf4'"),
+    **dict.fromkeys(("hqq", "int4", "torchao_int4"), "use 'nf4'"),
     **dict.fromkeys(
         ("fp8", "float8"),
         "to train with products in 8-bit floats ask for field fp8 ('torchao'); to store the base "

@@ -19,6 +19,7 @@ FORMATS: Final[dict[str, ModuleType]] = {
     "int8": bnb_8bit,
     "torchao_int8": torchao_int8,
     "gptq": gptqmodel,
+    "awq": gptqmodel,
 }
 """The module that builds each quantization: `with_linears`, `packs`, `pack` and `tensors`."""
 

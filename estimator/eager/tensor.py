@@ -222,7 +222,7 @@ class Regime(NamedTuple):
 
     Args:
         sorts_embedding_gradient: more than 3072 tokens in the micro-batch.
-        dequantizes: more tokens than bitsandbytes multiplies without dequantizing.
+        dequantizes: more tokens than the packed weights' library multiplies without dequantizing.
         exceeds_window: the length is beyond the sliding window of some layers.
         several_rows: more than one sequence, so that batched products copy what lies by token.
         loss_rows: tokens in one chunk of a fused loss; None where one chunk holds them all.

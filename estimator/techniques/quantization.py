@@ -43,6 +43,10 @@ class Quantization(Kind, frozen=True):
 
     prepare_kbit: bool = True
 
+    def loaded(self, stored: DType) -> DType:
+        """Return the type that transformers loads the weights in, given the one asked for."""
+        return stored
+
     def format(self, stored: DType) -> WeightFormat:
         """Return how a linear layer stores its weight, given the type that it had."""
         raise NotImplementedError
@@ -84,7 +88,7 @@ class Quantization(Kind, frozen=True):
 
         Source: peft, utils/other.py, prepare_model_for_kbit_training.
         """
-        stored = run.spec.embeddings[0].dtype
+        stored = self.loaded(run.spec.embeddings[0].dtype)
         packed = self.format(stored)
         rest = DType.FLOAT32 if self.prepare_kbit and self.upcasts else stored
 
@@ -106,7 +110,10 @@ class Skipping(Quantization, frozen=True):
     Args:
         skip_modules: ends of the names of linear layers that keep their weight; where it is given,
             transformers packs the head too, unless it is named.
+        keeps_head: the head is left out whether or not it is named.
     """
+
+    keeps_head: ClassVar[bool] = False
 
     skip_modules: Annotated[
         Names, Meta(description="Ends of the names of linear layers that keep their weight.")
@@ -125,7 +132,8 @@ class Skipping(Quantization, frozen=True):
         head = spec.head.name
         if not self.skip_modules:
             return linear.name == head
-        if not any(head.endswith(each) for each in self.skip_modules):
+        named = any(head.endswith(each) for each in self.skip_modules)
+        if not named and not self.keeps_head:
             raise UnsupportedCombinationError(
                 f"skip_modules {list(self.skip_modules)} lets transformers pack the head, which "
                 f"has no source here yet; add {head!r}"
@@ -139,7 +147,8 @@ class Skipping(Quantization, frozen=True):
                     f"skip_modules: no linear layer's name ends in {each!r}; layers are named by "
                     f"the end, such as {', '.join(known)}"
                 )
-        return any(linear.name.endswith(each) for each in self.skip_modules)
+        left_out = any(linear.name.endswith(each) for each in self.skip_modules)
+        return left_out or (self.keeps_head and linear.name == head)
 
 
 class BitsAndBytes(Skipping, frozen=True):

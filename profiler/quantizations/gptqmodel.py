@@ -12,13 +12,17 @@ import math
 import sys
 from collections.abc import Iterator
 from functools import cache
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Final
 from unittest import mock
 
 from profiler import stack
 
 LIBRARY: Final = "peft"
+# gptqmodel, nn_modules/qlinear/gemm_awq.py, AwqGemmFn.forward: FULL_DEQUANT_MATMUL_THRESHOLD, and
+# the parts that the kernel for fewer tokens splits a product into.
+AWQ_DENSE_TOKENS: Final = 1024
+AWQ_SPLITS: Final = 8
 _WORD: Final = 32
 _BUFFERS: Final = ("qweight", "qzeros", "scales", "g_idx", "bias", "wf")
 
@@ -89,7 +93,127 @@ def gptq_class() -> Any:
     return TritonV2Linear
 
 
-def with_linears(model: Any, quantization: Any, _: str) -> Any:
+@cache
+def awq_product() -> Any:
+    """Return the stand-in for the function that multiplies AWQ weights and has a backward pass.
+
+    Source: gptqmodel, nn_modules/qlinear/gemm_awq.py, AwqGemmFn; the kernels for few tokens and for
+    dequantizing in gptqmodel_ext/awq/quantization/gemm_cuda_gen.cu.
+    """
+    import torch
+
+    def dequantized(packed: Any, scales: Any) -> Any:
+        return scales.new_empty((packed.shape[0], scales.shape[1]))
+
+    class AwqGemmFn(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
+        """Dequantizes in forward beyond 1024 tokens, and in backward always."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Any, packed: Any, zeros: Any, scales: Any, bias: Any) -> Any:
+            ctx.save_for_backward(packed, zeros, scales)
+            ctx.input_shape = tuple(x.shape)
+            rows = x.reshape(-1, x.shape[-1])
+            if rows.shape[0] > AWQ_DENSE_TOKENS:
+                out = dequantized(packed, scales)
+                out = torch.matmul(rows, out.to(dtype=x.dtype))
+            else:
+                size = (rows.shape[0], scales.shape[1])
+                parts = rows.new_empty((AWQ_SPLITS, *size), dtype=torch.float32)
+                out = rows.new_empty(size)
+                del parts
+            out = out if bias is None else out + bias
+            return out.reshape(*x.shape[:-1], scales.shape[1])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            packed, _, scales = ctx.saved_tensors
+            whole = dequantized(packed, scales).to(grad.dtype)
+            rows = grad.reshape(-1, grad.shape[-1])
+            into_input = torch.matmul(rows, whole.transpose(-1, -2)).reshape(ctx.input_shape)
+            return into_input, None, None, None, None
+
+    return AwqGemmFn
+
+
+@cache
+def awq_class() -> Any:
+    """Return the stand-in for the layer that trains on AWQ weights on a GPU.
+
+    Source: gptqmodel, nn_modules/qlinear/gemm_awq.py, AwqGEMMLinear.
+    """
+    import torch
+
+    class AwqGEMMLinear(base_class()):  # type: ignore[misc]  # a class that is made when asked for
+        """Multiplies in half precision, with scales of the input's type."""
+
+        SUPPORTS_METHODS = (SimpleNamespace(value="awq"),)
+
+        def __init__(self, group: int, inputs: int, outputs: int, bias: bool) -> None:
+            super().__init__(inputs, outputs)
+            groups, words = 1 if group < 0 else inputs // group, math.ceil(outputs / 8)
+            shapes = {
+                "qweight": ((inputs, words), torch.int32),
+                "qzeros": ((groups, words), torch.int32),
+                "scales": ((groups, outputs), torch.float16),
+                "bias": ((outputs,), torch.float16),
+            }
+            if not bias:
+                del shapes["bias"]
+                self.bias = None
+            for name, (shape, dtype) in shapes.items():
+                self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
+
+        def forward(self, x: Any) -> Any:
+            """Run the product."""
+            given = x.dtype
+            halves = (torch.float16, torch.bfloat16)
+            x = x.to(given if given in halves else torch.float16).contiguous()
+            # The scales stay in the type of the last input, as in the real layer.
+            self._buffers["scales"] = self._buffers["scales"].to(x.dtype)
+            if self.bias is not None:
+                self.bias = self.bias.to(x.dtype)
+            out = awq_product().apply(x, self.qweight, self.qzeros, self.scales, self.bias)
+            return out.to(given)
+
+    return AwqGEMMLinear
+
+
+def with_linears(model: Any, quantization: Any, stored: str) -> Any:
+    """Replace the linear layers that a checkpoint of the request's format holds packed."""
+    awq = quantization.name == "awq"
+    model = (_with_awq_linears if awq else _with_gptq_linears)(model, quantization, stored)
+    model.requires_grad_(False)
+    model.quantization_method = quantization.name
+    return model
+
+
+def _with_awq_linears(model: Any, quantization: Any, stored: str) -> Any:
+    """Replace the linear layers, as transformers does for an AWQ checkpoint; bf16 becomes fp16.
+
+    Source: transformers, quantizers/quantizer_awq.py; integrations/awq.py, replace_with_awq_linear.
+    """
+    import torch
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = HfQuantizer.get_modules_to_not_convert(
+        model,
+        list(quantization.skip_modules) or None,
+        model._keep_in_fp32_modules,
+        add_default_skips=True,
+    )
+    for path, module in list(model.named_modules()):
+        if should_convert_module(path, kept) and isinstance(module, torch.nn.Linear):
+            sizes = module.in_features, module.out_features
+            packed = awq_class()(quantization.group_size, *sizes, module.bias is not None)
+            model.set_submodule(path, packed)
+    if stored == "bfloat16":
+        model.to(torch.float16)
+        model.config.dtype = torch.float16
+    return model
+
+
+def _with_gptq_linears(model: Any, quantization: Any, _: str) -> Any:
     """Replace the linear layers inside decoder layers, as optimum does for a GPTQ checkpoint.
 
     Source: optimum, gptq/quantizer.py, convert_model; gptq/utils.py, get_layers.
@@ -105,8 +229,6 @@ def with_linears(model: Any, quantization: Any, _: str) -> Any:
             bits, group = quantization.bits, quantization.group_size
             packed = gptq_class()(bits, group, *sizes, module.bias is not None)
             model.set_submodule(path, packed)
-    model.requires_grad_(False)
-    model.quantization_method = "gptq"
     return model
 
 

@@ -20,6 +20,7 @@ def _over(name: str, *changes: Document, **quantization: Any) -> Document:
 
 PLAIN: Final[Document] = {"autocast": None}
 FP16: Final[Document] = {"precision": "fp16", "autocast": "fp16"}
+SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 130}
 FP32: Final[Document] = {"precision": "fp32", "autocast": None}
 BASE: Final[Document] = {"method": {"name": "lora", "r": 12, "adapter_dtype": "base"}}
 
@@ -37,12 +38,29 @@ RECIPES: Final[dict[str, Document]] = {
     "gptq gpt2": _over("gptq"),
     "gptq gpt2 checkpointed": _over("gptq", PLAIN, CHECKPOINTED),
     "gptq opt eager": _over("gptq", FP16, {"attention": "eager"}),
-    "gptq short": _over("gptq", CHECKPOINTED, {"micro_batch_size": 1, "seq_len": 130}),
+    "gptq short": _over("gptq", CHECKPOINTED, SHORT),
+    "awq": _over("awq", FP16),
+    "awq checkpointed": _over("awq", FP16, CHECKPOINTED),
+    "awq bf16 autocast": _over("awq"),
+    "awq without autocast": _over("awq", PLAIN),
+    "awq unprepared": _over("awq", FP16, PLAIN, CHECKPOINTED, prepare_kbit=False),
+    "awq unprepared, bf16 autocast": _over("awq", prepare_kbit=False, group_size=64),
+    "awq fp32": _over("awq", FP32, CHECKPOINTED),
+    "awq base adapters": _over("awq", FP16, BASE, group_size=-1),
+    "awq accumulation": _over("awq", FP16, {"gradient_accumulation_steps": 4}),
+    "awq skipped modules": _over("awq", FP16, skip_modules=["down_proj"]),
+    "awq qwen2 padded": _over("awq", FP16, {"padding": True}),
+    "awq opt": _over("awq", CHECKPOINTED, group_size=64),
+    "awq few tokens": _over("awq", FP16, SHORT),
+    "awq 1024 tokens": _over("awq", CHECKPOINTED, {"micro_batch_size": 1, "seq_len": 1024}),
 }
 
 _FAMILIES: Final = ("gpt2", "qwen2", "opt", "gemma")
 MODELS: Final[dict[str, str]] = {
-    recipe: next((family for family in _FAMILIES if family in recipe), "llama-tied")
+    recipe: next(
+        (family for family in _FAMILIES if family in recipe),
+        "llama-mha" if recipe.startswith("awq") else "llama-tied",
+    )
     for recipe in RECIPES
 }
-FAST: Final = frozenset({"gptq short"})
+FAST: Final = frozenset({"gptq short", "awq few tokens"})
