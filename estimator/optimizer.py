@@ -34,3 +34,7 @@ class Optimizer(Section, frozen=True):
         Literal["channel", "tensor"] | None,
         Meta(description="What APOLLO scales by one factor; none: each channel."),
     ] = None
+    max_precondition_dim: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000, description="Largest dimension that SOAP preconditions."),
+    ] = 10_000

@@ -219,6 +219,11 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "lars32bit": {"name": "lars_32bit"},
     "lars8bit": {"name": "lars_8bit"},
     "stableadamw": {"name": "stable_adamw"},
+    "adammini": {"name": "adam_mini"},
+    "adam-mini": {"name": "adam_mini"},
+    "sophiag": {"name": "sophia"},
+    "sophiah": {"name": "sophia"},
+    "scalableshampoo": {"name": "scalable_shampoo"},
     "sgd_momentum": {"name": "sgd", "momentum": 0.9},
 }
 

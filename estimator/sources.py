@@ -179,6 +179,16 @@ SOURCES: Final[dict[str, Source]] = {
         "schedulefree 1.4.1, optimizers without a schedule",
         "https://github.com/facebookresearch/schedule_free/blob/main/schedulefree",
     ),
+    "adam-mini": Source(
+        "code",
+        "adam-mini 1.1.1, the authors' Adam-mini",
+        "https://github.com/zyushun/Adam-mini/blob/main/adam_mini",
+    ),
+    "pytorch-optimizer": Source(
+        "code",
+        "pytorch_optimizer 4.1.0",
+        "https://github.com/kozistr/pytorch_optimizer/blob/v4.1.0/pytorch_optimizer/optimizer",
+    ),
     "torch-optimi": Source(
         "code",
         "torch-optimi 0.3.3, StableAdamW",

@@ -171,14 +171,20 @@ def _kernel(request: EstimateRequest) -> attention.Backend | None:
 def _own_states(meter: Meter, optimizer: Any) -> None:
     """Give the optimizer's tensors to their parameters; forget those outside device memory."""
     for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if not isinstance(value, torch.Tensor):
-                continue
+        for name, value in _tensors(state):
             on_host = optimizers.is_on_host(optimizer, name)
             if on_host or optimizers.is_managed(optimizer, parameter, name):
                 meter.drop(value)
             else:
                 meter.own(value, parameter, "optimizer_states")
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of a parameter's state; SOAP keeps some of them in lists."""
+    for name, value in state.items():
+        for each in value if isinstance(value, list) else (value,):
+            if isinstance(each, torch.Tensor):
+                yield name, each
 
 
 @contextlib.contextmanager

@@ -518,6 +518,56 @@ def _grokadamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     return small_libraries.grokadamw(library, groups, LEARNING_RATE)
 
 
+def _lamb(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    library = _library("pytorch_optimizer", "pytorch_optimizer", asked)
+    return library.Lamb(groups, lr=LEARNING_RATE, foreach=_foreach(asked))
+
+
+def _soap(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return SOAP; its eigenbases are renewed at every step."""
+    _refuse_implementation(asked)
+    return _library("pytorch_optimizer", "pytorch_optimizer", asked).SOAP(
+        groups,
+        lr=LEARNING_RATE,
+        precondition_frequency=1,
+        max_precondition_dim=asked.max_precondition_dim,
+    )
+
+
+def _shampoo(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    _refuse_implementation(asked)
+    library = _library("pytorch_optimizer", "pytorch_optimizer", asked)
+    return library.Shampoo(groups, lr=LEARNING_RATE)
+
+
+def _adam_mini(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return Adam-mini over the named parameters, with the sizes that its manual asks for."""
+    _refuse_implementation(asked)
+    chosen = {id(each) for group in groups for each in group["params"]}
+    if model.config.hidden_size**2 % model.config.num_attention_heads:
+        raise InvalidRequestError("Adam-mini asserts that the heads divide hidden_size squared")
+    library: Any = _library("adam_mini", "adam-mini", asked)
+    original = library.Adam_mini
+
+    class Named(original):  # type: ignore[misc, valid-type]  # it is not typed here
+        def step(self, closure: Any = None) -> Any:
+            try:
+                return super().step(closure)
+            except IndexError as error:
+                raise InvalidRequestError(
+                    f"Adam-mini takes a vector for a matrix: {error}"
+                ) from None
+
+    return Named(
+        [(name, each) for name, each in model.named_parameters() if id(each) in chosen],
+        lr=LEARNING_RATE,
+        dim=model.config.hidden_size,
+        n_heads=model.config.num_attention_heads,
+        n_kv_heads=getattr(model.config, "num_key_value_heads", None),
+        verbose=False,
+    )
+
+
 def _library(module: str, package: str, asked: Optimizer) -> Any:
     try:
         return importlib.import_module(module)
@@ -646,6 +696,10 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "adafactor": _adafactor,
     "lion": _lion,
     "muon": _muon,
+    "adam_mini": _adam_mini,
+    "lamb": _lamb,
+    "soap": _soap,
+    "shampoo": _shampoo,
     "stable_adamw": _stable_adamw,
     "grokadamw": _grokadamw,
     "schedule_free_adamw": _schedule_free,

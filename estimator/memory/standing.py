@@ -11,7 +11,7 @@ from estimator.model.spec import Module
 from estimator.run import Run
 from estimator.sources import Cite
 from estimator.techniques.optimizers import OPTIMIZERS, Trained, states, temporaries, trained
-from estimator.techniques.optimizers.row import State, outer_modules
+from estimator.techniques.optimizers.row import State, layout
 
 _MASTER = Cite("micikevicius2018", "section 3.1, fp32 master copy of weights")
 _MAIN_GRADS = Cite("megatron-optimizer", "_copy_model_grads_to_main_grads")
@@ -47,9 +47,9 @@ def site_of(run: Run, module: Module) -> str:
 
 def trained_tensors(run: Run) -> tuple[Trained, ...]:
     """Return what the optimizer updates."""
-    master, outer = run.optimizer.master_weights, outer_modules(run.spec)
+    master, model = run.optimizer.master_weights, layout(run.spec)
     return tuple(
-        trained(module, weight, count, master=master, outer=outer)
+        trained(module, weight, count, master=master, layout=model)
         for module, weight, count in run.spec.tensors()
         if weight.trainable
     )

@@ -8,7 +8,7 @@ from estimator.eager.tensor import Param, Storage, Tape, Tensor, TensorKind
 from estimator.memory.standing import trained_tensors
 from estimator.run import Run
 from estimator.techniques.optimizers import OPTIMIZERS, Trained, temporaries
-from estimator.techniques.optimizers.row import is_within, outer_modules
+from estimator.techniques.optimizers.row import layout
 
 
 class InBackward:
@@ -22,7 +22,7 @@ class InBackward:
         self.source = OPTIMIZERS[self.choice.name].source
         self.tables = {module.name for module in run.spec.embeddings}
         self.linears = {each.name for each in trained_tensors(run) if each.in_linear}
-        self.outer = outer_modules(run.spec)
+        self.layout = layout(run.spec)
         self.known: dict[Param, tuple[int, ...]] = {}
 
     def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
@@ -55,7 +55,8 @@ class InBackward:
             in_embedding=param.name.rpartition(".")[0] in self.tables,
             count=1,
             in_linear=param.name in self.linears,
-            in_body=not is_within(param.name, self.outer),
+            in_body=not self.layout.is_outer(param.name),
+            head_elements=self.layout.head_elements,
         )
 
     def _scratch(self, tape: Tape, param: Param, size: int) -> Storage:

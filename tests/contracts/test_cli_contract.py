@@ -39,7 +39,7 @@ FROZEN_FLAGS = """
 --fp8 --fp8-recipe --fp8-pad-inner-dim --fp8-filter-fqns
 --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
---optimizer-rank --optimizer-scale-type
+--optimizer-rank --optimizer-scale-type --optimizer-max-precondition-dim
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing
 --activation-checkpointing --attention --loss --kernels
 --keep-outputs --use-cache --set-to-none --neftune-noise-alpha

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Final
 
 from estimator.run import OptimizerChoice
+from estimator.techniques.optimizers.adam_mini import ADAM_MINI
 from estimator.techniques.optimizers.apollo import APOLLO
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
 from estimator.techniques.optimizers.lomo import LOMO
 from estimator.techniques.optimizers.low_rank import LOW_RANK
 from estimator.techniques.optimizers.lowmem import LOWMEM
 from estimator.techniques.optimizers.muon import MUON
+from estimator.techniques.optimizers.pytorch_optimizer import PYTORCH_OPTIMIZER
 from estimator.techniques.optimizers.row import OptimizerRow, State, Trained, trained
 from estimator.techniques.optimizers.small_libraries import SMALL_LIBRARIES
 from estimator.techniques.optimizers.temporaries import trainer_groups, worst_moment
@@ -28,6 +30,8 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **LOW_RANK,
     **APOLLO,
     **SMALL_LIBRARIES,
+    **PYTORCH_OPTIMIZER,
+    **ADAM_MINI,
     **TORCHAO,
 }
 
@@ -40,6 +44,12 @@ REFUSED: Final[dict[str, str]] = {
     "galore_adafactor": "no source has been followed yet; use 'adafactor'",
     "galore_adamw_8bit_layerwise": "no source has been followed yet; use in_backward",
     "galore_adafactor_layerwise": "no source has been followed yet; use in_backward",
+    "sophia": "its estimate of the Hessian needs a second backward pass, which is not described "
+    "yet; 'adamw' has states of the same size",
+    "scalable_shampoo": "its preconditioners are in blocks, and its iteration stops by values; use "
+    "'soap' or 'shampoo'",
+    "distributed_shampoo": "its preconditioners are in blocks, which is not described yet; use "
+    "'soap' or 'shampoo'",
     "lamb_8bit": "bitsandbytes has no 8-bit kernel for LAMB; use 'lamb_32bit'",
     "lars_8bit": "bitsandbytes has no 8-bit kernel for LARS; use 'lars_32bit'",
 }

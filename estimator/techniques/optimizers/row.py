@@ -29,6 +29,7 @@ class Trained(Struct, frozen=True):
         in_embedding: it belongs to an embedding table.
         count: how many such tensors the model has.
         in_linear: it is the weight of an `nn.Linear`.
+        head_elements: the weights of one attention head in a square projection.
         in_body: it belongs neither to an embedding table nor to the head, adapters included.
     """
 
@@ -41,6 +42,7 @@ class Trained(Struct, frozen=True):
     count: int
     in_linear: bool = False
     in_body: bool = True
+    head_elements: int = 0
 
     @property
     def bytes(self) -> int:
@@ -48,21 +50,32 @@ class Trained(Struct, frozen=True):
         return self.elements * self.dtype.width
 
 
-def outer_modules(spec: ModelSpec) -> tuple[str, ...]:
-    """Return the names of the embedding tables and of the head."""
+class Layout(Struct, frozen=True):
+    """What an optimizer that tells weights apart has to know of the model.
+
+    Args:
+        outer: the names of the embedding tables and of the head.
+        head_elements: the weights of one attention head in a square projection, or 0 where the
+            heads do not divide it.
+    """
+
+    outer: tuple[str, ...]
+    head_elements: int
+
+    def is_outer(self, name: str) -> bool:
+        """Whether a tensor belongs to a table or the head, or to an adapter on one of them."""
+        return any(name.startswith(f"{module}.") for module in self.outer)
+
+
+def layout(spec: ModelSpec) -> Layout:
+    """Return what the optimizers know of a model."""
     tables = (each.name for each in spec.embeddings if isinstance(each, Embedding))
-    return (*tables, spec.head.name)
+    square, heads = spec.hidden.value**2, spec.kinds[0].heads.query.value
+    return Layout((*tables, spec.head.name), 0 if square % heads else square // heads)
 
 
-def is_within(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a tensor belongs to one of some modules, or to an adapter on it."""
-    return any(name.startswith(f"{module}.") for module in modules)
-
-
-def trained(
-    module: Module, weight: Weight, count: int, *, master: bool, outer: tuple[str, ...]
-) -> Trained:
-    """Describe a trainable weight to the optimizer; `outer` is from `outer_modules`."""
+def trained(module: Module, weight: Weight, count: int, *, master: bool, layout: Layout) -> Trained:
+    """Describe a trainable weight to the optimizer."""
     rows, columns = (0, 0)
     if len(weight.shape) >= 2:
         rows, columns = weight.shape[-2].value, weight.shape[-1].value
@@ -76,7 +89,8 @@ def trained(
         in_embedding=isinstance(module, Embedding) and not master,
         count=count,
         in_linear=isinstance(module, Linear) and not module.transposed and weight.name == "weight",
-        in_body=not is_within(f"{module.name}.{weight.name}", outer),
+        in_body=not layout.is_outer(f"{module.name}.{weight.name}"),
+        head_elements=layout.head_elements,
     )
 
 

@@ -141,6 +141,41 @@ RECIPES: Final[dict[str, Document]] = {
     "grokadamw lora amp": _asked("grokadamw", SHORT, LORA, {"precision": "amp_bf16"}),
     "grokadamw in backward, tied": _in_backward("grokadamw", SHORT, CHECKPOINTED),
     "grokadamw accumulation": _asked("grokadamw", SHORT, {"gradient_accumulation_steps": 4}),
+    # -- pytorch_optimizer ---------------------------------------------------------------------
+    "lamb": _asked("lamb", SHORT),
+    "lamb fp32, tied": _asked("lamb", SHORT, _FP32),
+    "lamb single, gpt2": _asked("lamb", SHORT, _FP32, implementation="single"),
+    "lamb amp checkpointed": _asked("lamb", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}),
+    "lamb qlora": _asked("lamb", SHORT, QLORA),
+    "lamb in backward": _in_backward("lamb", SHORT, CHECKPOINTED),
+    "lamb master_bf16": _asked("lamb", SHORT, {"precision": "master_bf16"}),
+    "soap": _asked("soap", SHORT),
+    "soap fp32, tied": _asked("soap", SHORT, _FP32),
+    "soap of small sides, gpt2": _asked("soap", SHORT, CHECKPOINTED, max_precondition_dim=2000),
+    "soap amp": _asked("soap", SHORT, {"precision": "amp_bf16"}),
+    "soap lora": _asked("soap", SHORT, LORA),
+    "soap in backward": _in_backward("soap", SHORT, CHECKPOINTED),
+    "soap master_bf16": _asked("soap", SHORT, {"precision": "master_bf16"}),
+    "shampoo lora": _asked("shampoo", SHORT, LORA),
+    "shampoo lora fp32, gpt2": _asked("shampoo", SHORT, LORA, _FP32),
+    "shampoo, tied": _asked("shampoo", SHORT),
+    "shampoo in backward, tied": _in_backward("shampoo", SHORT, CHECKPOINTED),
+    "shampoo of some layers master_bf16": _asked(
+        "shampoo",
+        SHORT,
+        {"precision": "master_bf16", "method": {"name": "partial", "last_layers": 2}},
+    ),
+    # -- Adam-mini -----------------------------------------------------------------------------
+    "adam-mini": _asked("adam_mini", SHORT),
+    "adam-mini fp32, tied": _asked("adam_mini", SHORT, _FP32),
+    "adam-mini amp checkpointed, gpt2": _asked(
+        "adam_mini", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}
+    ),
+    "adam-mini in backward": _in_backward("adam_mini", SHORT, CHECKPOINTED),
+    "adam-mini, heads wider than hidden": _asked("adam_mini", SHORT),
+    "adam-mini, vectors named as matrices": _asked("adam_mini", SHORT),
+    "adam-mini lora": _asked("adam_mini", SHORT, LORA),
+    "adam-mini accumulation": _asked("adam_mini", SHORT, {"gradient_accumulation_steps": 4}),
     # -- torchao: the states are torchao's, the compiled step allocates nothing ------------------
     "torchao 8-bit": _asked("adamw_torch_8bit", SHORT),
     "torchao 8-bit fp32, gpt2": _asked("adamw_torch_8bit", SHORT, _FP32),
@@ -212,6 +247,17 @@ RECIPES: Final[dict[str, Document]] = {
 }
 
 MODELS: Final[dict[str, str]] = {
+    "shampoo lora fp32, gpt2": "gpt2",
+    "shampoo, tied": "llama-tied",
+    "shampoo in backward, tied": "llama-tied",
+    "adam-mini fp32, tied": "llama-tied",
+    "adam-mini amp checkpointed, gpt2": "gpt2",
+    "adam-mini, heads wider than hidden": "qwen3",
+    "adam-mini, vectors named as matrices": "gpt_neox",
+    "lamb fp32, tied": "llama-tied",
+    "lamb single, gpt2": "gpt2",
+    "soap fp32, tied": "llama-tied",
+    "soap of small sides, gpt2": "gpt2",
     "stable adamw fp32, tied": "llama-tied",
     "stable adamw single, gpt2": "gpt2",
     "grokadamw fp32, gpt2": "gpt2",
@@ -255,6 +301,7 @@ FAST: Final = frozenset(
         "bitsandbytes ademamix_8bit, tied",
         "radam single",
         "muon fp16",
+        "soap lora",
         "torch adafactor in backward amp",
     }
 )
