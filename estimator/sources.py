@@ -479,6 +479,11 @@ SOURCES: Final[dict[str, Source]] = {
         "pyvene 0.1.8, hooks that run interventions",
         "https://github.com/stanfordnlp/pyvene/blob/main/pyvene",
     ),
+    "torch-parametrize": Source(
+        "code",
+        "PyTorch 2.13.0, parametrizations of a module's parameters",
+        f"{_TORCH}/torch/nn/utils/parametrize.py",
+    ),
     "torch-parametrizations": Source(
         "code",
         "PyTorch 2.13.0, orthogonal parametrization",

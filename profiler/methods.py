@@ -155,7 +155,12 @@ def _with_peft(model: Any, method: Method) -> Any:
 
 
 def _renamed(knobs: dict[str, Any]) -> dict[str, Any]:
-    """Write out a number of tokens as PEFT wants it: which ones makes no difference to memory."""
+    """Write out a number of tokens as PEFT wants it: which ones makes no difference to memory.
+
+    No modules beside parameters are an empty list: None would mean the modules of PEFT's choice.
+    """
+    if knobs.get("target_parameters") and knobs["target_modules"] is None:
+        return {**knobs, "target_modules": []}
     if "num_tokens" in knobs:
         rest = {name: knob for name, knob in knobs.items() if name != "num_tokens"}
         return {**rest, "token_indices": list(range(knobs["num_tokens"]))}

@@ -145,11 +145,12 @@ class Forward:
                 return module.adapter.forward(self, module, x)
             return self.base_linear(x, module)
 
-    def base_linear(self, x: Tensor, module: Linear) -> Tensor:
-        """Run a linear layer without its adapter."""
+    def base_linear(self, x: Tensor, module: Linear, weight: ops.Operand | None = None) -> Tensor:
+        """Run a linear layer without its adapter, or with another weight in place of its own."""
         if module.format is not None:
             return module.format.forward(self, module, x)
-        weight, bias = self.param(module.name, module.weight()), module.bias_weight()
+        weight = self.param(module.name, module.weight()) if weight is None else weight
+        bias = module.bias_weight()
         vector = self.param(module.name, bias) if bias else None
         if module.product is not None:
             return module.product.forward(self, weight, vector, x, module.fan_out)

@@ -14,7 +14,15 @@ from estimator.section import Names
 from estimator.sources import Cite
 from estimator.techniques.dora import DoraAdapter
 from estimator.techniques.lora_adapter import LoraAdapter
-from estimator.techniques.method import Method, Targets, adapted_by_path, saved, with_biases
+from estimator.techniques.lora_parameter import with_parameters
+from estimator.techniques.method import (
+    Method,
+    Targets,
+    adapted_by_path,
+    frozen,
+    saved,
+    with_biases,
+)
 from estimator.techniques.token_rows import with_token_rows
 
 # How A and B may start, and who says so.
@@ -88,7 +96,10 @@ class Lora(Method, frozen=True, tag="lora"):
         A pattern is a regular expression: unless it is a plain name, it may.
         """
         plain = all(re.fullmatch(r"[A-Za-z_.]*", each) for each in self.rank_pattern)
-        return self._targets().names_layers or not plain
+        by_number = any(
+            part.isdigit() for name in self.target_parameters for part in name.split(".")
+        )
+        return self._targets().names_layers or by_number or not plain
 
     def _targets(self) -> Targets:
         return Targets(
@@ -110,7 +121,13 @@ class Lora(Method, frozen=True, tag="lora"):
         def adapter(_: Linear, path: str) -> LoraAdapter:
             return kind(self._rank(path), self.lora_dropout, stored, self.lora_bias)
 
-        spec = adapted_by_path(run.spec, targets, adapter, every_layer=self.singles_out_layers)
+        each = self.singles_out_layers
+        if self.target_parameters and not self.target_modules:
+            spec = frozen(run.spec)
+        else:
+            spec = adapted_by_path(run.spec, targets, adapter, every_layer=each)
+        if self.target_parameters:
+            spec = with_parameters(spec, self.target_parameters, self._rank, every_layer=each)
         spec = with_biases(saved(spec, self.modules_to_save), self.bias)
         if self.trainable_token_indices:
             spec = with_token_rows(spec, self._tokens(spec))
@@ -121,8 +138,11 @@ class Lora(Method, frozen=True, tag="lora"):
 
         Source: peft, tuners/lora/config.py, LoraConfig.__post_init__.
         """
-        if self.target_parameters:
-            raise UnsupportedCombinationError("target_parameters has no sourced answer here yet")
+        if self.target_parameters and (self.lora_dropout or self.use_dora or self.lora_bias):
+            raise InvalidRequestError(
+                "target_parameters does not go with lora_dropout, use_dora or lora_bias; leave "
+                "them out"
+            )
         by_number = bool(self.layers_to_transform)
         if by_number and isinstance(self.target_modules, str):
             raise InvalidRequestError(
@@ -137,15 +157,29 @@ class Lora(Method, frozen=True, tag="lora"):
                 "adapter_dtype 'bfloat16' with use_dora, modules_to_save or bias has no sourced "
                 "answer here yet; use float32"
             )
-        if self.adapter_dtype != "float32" and self.trainable_token_indices:
+        beside = "trainable_token_indices" if self.trainable_token_indices else "target_parameters"
+        if self.adapter_dtype != "float32" and getattr(self, beside):
             raise UnsupportedCombinationError(
-                f"adapter_dtype {self.adapter_dtype!r} with trainable_token_indices has no sourced "
-                "answer here yet; use float32"
+                f"adapter_dtype {self.adapter_dtype!r} with {beside} has no sourced answer here "
+                "yet; use float32"
             )
         if self.lora_bias and self.use_dora:
             raise InvalidRequestError("lora_bias does not go with use_dora; leave one of them out")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise InvalidRequestError("lora_bias needs init_lora_weights true or false")
+
+    def refuse(self, quantization: str) -> None:
+        """Refuse adapters on parameters that are packed.
+
+        Raises:
+            UnsupportedCombinationError: always with target_parameters.
+        """
+        if self.target_parameters:
+            raise UnsupportedCombinationError(
+                f"target_parameters over {quantization} weights has no sourced answer here; use "
+                "target_modules, or no quantization"
+            )
+        super().refuse(quantization)
 
     def _tokens(self, spec: ModelSpec) -> int:
         """Return how many rows of the embedding are trained; one named twice is there twice."""

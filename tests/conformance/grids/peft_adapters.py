@@ -22,6 +22,21 @@ LORA_TOKENS: Final[Document] = {
     "method": {"name": "lora", "trainable_token_indices": list(range(40))},
 }
 
+PARAMETERS: Final[Document] = {
+    "method": {
+        "name": "lora",
+        "target_modules": [],
+        "target_parameters": ["mlp.down_proj.weight", "self_attn.q_proj.weight"],
+    },
+}
+OF_GPT2: Final[Document] = {
+    "method": {
+        "name": "lora",
+        "target_modules": ["c_attn"],
+        "target_parameters": ["mlp.c_fc.weight"],
+    },
+}
+
 RECIPES: Final[dict[str, Document]] = {
     "adalora": ADALORA,
     "adalora checkpointed": {**ADALORA, **CHECKPOINTED},
@@ -61,6 +76,13 @@ RECIPES: Final[dict[str, Document]] = {
     "lora, tokens, tied, checkpointed": {**LORA_TOKENS, **CHECKPOINTED},
     "lora, tokens, nf4": {**LORA_TOKENS, **NF4, **CHECKPOINTED},
     "lora, tokens, accumulation": {**LORA_TOKENS, "gradient_accumulation_steps": 4},
+    "lora, parameters": PARAMETERS,
+    "lora, parameters, checkpointed": {**PARAMETERS, **CHECKPOINTED},
+    "lora, parameters, amp": {**PARAMETERS, "precision": "amp_bf16"},
+    "lora, parameters, autocast, short": {**PARAMETERS, **SHORT, "autocast": "bf16"},
+    "lora, parameters, fp32": {**PARAMETERS, "precision": "fp32"},
+    "lora, parameters, biases": {**PARAMETERS, "gradient_accumulation_steps": 4},
+    "lora, parameters of conv1d": {**OF_GPT2, **CHECKPOINTED},
 }  # fmt: skip
 
 MODELS: Final[dict[str, str]] = {
@@ -70,8 +92,10 @@ MODELS: Final[dict[str, str]] = {
     "trainable tokens tied, amp": "llama-tied",
     "trainable tokens tied, short": "llama-tied",
     "trainable tokens of gpt2": "gpt2",
+    "lora, parameters, biases": "qwen2",
+    "lora, parameters of conv1d": "gpt2",
     "trainable tokens of gemma3": "gemma3",
     "lora, tokens, tied, checkpointed": "qwen2",
 }
 
-FAST: Final = frozenset({"adalora", "lora, tokens, tied, checkpointed"})
+FAST: Final = frozenset({"adalora", "lora, tokens, tied, checkpointed", "lora, parameters"})
