@@ -153,6 +153,11 @@ class Forward:
         bias = module.bias_weight()
         vector = self.param(module.name, bias) if bias else None
         if module.product is not None:
+            if isinstance(weight, Tensor):
+                raise UnsupportedCombinationError(
+                    f"another product of {module.name} with a weight that is made anew has no "
+                    "sourced answer here yet; leave out target_parameters or the fp8 kernels"
+                )
             return module.product.forward(self, weight, vector, x, module.fan_out)
         if not module.spelled_out:
             return ops.linear(x, weight, vector, module.fan_out)

@@ -93,9 +93,16 @@ def with_parameters(
         InvalidRequestError: a name that matches nothing, or what has an adapter already.
         UnsupportedCombinationError: a table, or a head that is tied to one.
 
-    Source: peft, tuners/tuners_utils.py, BaseTuner._inject_parameters.
+    Source: peft, tuners/tuners_utils.py, BaseTuner._inject_parameters; tuners/lora/layer.py,
+    ParamWrapper.__init__, fan_in_fan_out.
     """
     found: set[str] = set()
+    for module, _ in spec.module_counts():
+        if isinstance(module, Linear) and module.transposed and module.adapter is not None:
+            raise InvalidRequestError(
+                f"PEFT does not adapt parameters beside {module.name}, which is a Conv1D; set "
+                "target_modules []"
+            )
 
     def adapt(module: Module, path: str) -> Module:
         named = [

@@ -32,8 +32,8 @@ PARAMETERS: Final[Document] = {
 OF_GPT2: Final[Document] = {
     "method": {
         "name": "lora",
-        "target_modules": ["c_attn"],
-        "target_parameters": ["mlp.c_fc.weight"],
+        "target_modules": [],
+        "target_parameters": ["mlp.c_fc.weight", "attn.c_attn.weight"],
     },
 }
 

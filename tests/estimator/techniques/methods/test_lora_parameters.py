@@ -47,6 +47,14 @@ def test_what_peft_refuses_is_refused(knobs: dict[str, Any]):
         counted_by_peft(_method(**knobs), "llama")
 
 
+def test_parameters_beside_a_conv1d_are_refused_as_peft_refuses_them():
+    method = _method(target_modules=["c_attn"], target_parameters=["mlp.c_fc.weight"])
+    with pytest.raises(InvalidRequestError, match="Conv1D"):
+        counted_here(method, "gpt2")
+    with pytest.raises(InvalidRequestError, match="PEFT refuses"):
+        counted_by_peft(method, "gpt2")
+
+
 def test_a_name_that_matches_nothing_is_refused():
     with pytest.raises(InvalidRequestError, match="match no parameter"):
         counted_here(_method(target_parameters=["experts.gate_up_proj"]), "llama")
