@@ -193,6 +193,7 @@ ASKED: Final = (
     "/autocast",
     "/fp8/name",
     "/fp8/recipe",
+    "/fp8/fp8_format",
     "/optimizer/name",
     "/optimizer/implementation",
     "/activation_checkpointing",
@@ -227,6 +228,11 @@ _BESIDE: Final[dict[str, dict[str, Any]]] = {
         name: {"precision": "fp32"}
         for name in ("rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "adagrad_8bit", "adagrad_32bit")
     },
+    "tensorwise": {"fp8": {"name": "torchao"}},
+    "rowwise": {"fp8": {"name": "torchao"}},
+    "rowwise_with_gw_hp": {"fp8": {"name": "torchao"}},
+    "HYBRID": {"fp8": {"name": "te"}},
+    "E4M3": {"fp8": {"name": "te"}},
     "foak": {"software": {"version": "4"}},
 }
 

@@ -22,6 +22,7 @@ from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
 from estimator.techniques.fp8 import Fp8 as AnyFp8
 from estimator.techniques.fp8_backends.torchao import Torchao
+from estimator.techniques.fp8_backends.transformer_engine import TransformerEngine
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.adalora import AdaLora
 from estimator.techniques.methods.boft import Boft
@@ -92,8 +93,8 @@ METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8 | GptqQuantization | AwqQuantization
 QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
 
-Fp8 = Torchao
-FP8_LIBRARIES: Final[tuple[type[AnyFp8], ...]] = (Torchao,)
+Fp8 = Torchao | TransformerEngine
+FP8_LIBRARIES: Final[tuple[type[AnyFp8], ...]] = get_args(Fp8)
 
 
 class Loop(Section, frozen=True):
@@ -278,7 +279,7 @@ UNANSWERED_QUANTIZATIONS: Final[dict[str, str]] = {
 }
 
 # Accelerate's spelling of the libraries that train in 8-bit floats.
-FP8_ALIASES: Final[dict[str, str]] = {"ao": "torchao"}
+FP8_ALIASES: Final[dict[str, str]] = {"ao": "torchao", "transformer_engine": "te"}
 
 # Ways to train in few bits that have no sourced answer here yet, and what is near to each.
 UNANSWERED_FP8: Final[dict[str, str]] = {

@@ -23,6 +23,7 @@ from estimator.techniques.execution import (
     Training,
     parse_checkpointing,
 )
+from estimator.techniques.fp8_backends.transformer_engine import TransformerEngine
 from estimator.techniques.kernels import KERNELS
 from estimator.techniques.loss import FUSED_LOSSES, Smoothing
 from estimator.techniques.optimizers import OPTIMIZERS, REFUSED
@@ -286,6 +287,12 @@ def check_gpu(request: EstimateRequest, gpu: Gpu | None) -> None:
             f"fp8 needs compute capability 8.9 (Ada, Hopper and later), and {gpu.name} has "
             f"{gpu.compute_capability}; leave out fp8"
         )
+    major = gpu.compute_capability.partition(".")[0] if gpu is not None else ""
+    if isinstance(request.fp8, TransformerEngine) and major in ("10", "11"):
+        raise UnsupportedCombinationError(
+            "fp8 'te' is described for Ada and Hopper here, and data-centre Blackwell needs no "
+            "transposed copies; use fp8 'torchao'"
+        )
 
 
 def check_tokens(run: Run, tokens: int) -> None:
@@ -298,6 +305,6 @@ def check_tokens(run: Run, tokens: int) -> None:
     """
     if tokens % run.token_multiple:
         raise InvalidRequestError(
-            f"fp8 without pad_inner_dim multiplies over {tokens} tokens, and its kernel takes "
-            f"multiples of {run.token_multiple} only; choose another seq_len, or pad_inner_dim true"
+            f"fp8 multiplies over {tokens} tokens here, and its kernel takes multiples of "
+            f"{run.token_multiple} only; choose another seq_len, or 'torchao' with pad_inner_dim"
         )

@@ -237,6 +237,18 @@ SOURCES: Final[dict[str, Source]] = {
         "Accelerate 1.15.0, torchao's float8 training",
         "https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/ao.py",
     ),
+    "accelerate-te": Source(
+        "code",
+        "Accelerate 1.15.0, Transformer Engine's layers",
+        "https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/"
+        "transformer_engine.py",
+    ),
+    "transformer-engine": Source(
+        "code",
+        "Transformer Engine at commit d0067d0da6cb (2.20.0.dev0), the pytorch part",
+        "https://github.com/NVIDIA/TransformerEngine/tree/"
+        "d0067d0da6cb01811b8072a7d304f0e00344ce2b/transformer_engine/pytorch",
+    ),
     "peft": Source(
         "code",
         "PEFT 0.21.2, adapter layers and model preparation",

@@ -1,7 +1,8 @@
 """Linear layers whose products are made in 8-bit floats, as the real libraries put them in place.
 
 torchao's layers run on fake tensors as they are: everything that they allocate, they allocate
-through torch, and `_scaled_mm` has a meta kernel.
+through torch, and `_scaled_mm` has a meta kernel. Transformer Engine's cannot be imported without
+CUDA, so a stand-in takes their place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from estimator.request import EstimateRequest
+from estimator.techniques.fp8_backends.transformer_engine import TransformerEngine
 
 WRAPPERS: Final = frozenset({"Float8TrainingTensor"})
 """Tensor subclasses that unwrap themselves; what they then run is what is followed."""
@@ -30,6 +32,11 @@ def convert(model: Any, request: EstimateRequest) -> None:
     components/quantization/float8.py, module_filter_fn.
     """
     if request.fp8 is None:
+        return
+    if isinstance(request.fp8, TransformerEngine):
+        from profiler import transformer_engine
+
+        transformer_engine.convert(model, request.fp8.amax_history_len)
         return
     from dataclasses import replace
 

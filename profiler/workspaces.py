@@ -32,6 +32,8 @@ _MATMULS: Final = frozenset(
         aten.baddbmm.default,
         aten.addmv.default,
         aten.mv.default,
+        aten.mm.out,
+        aten.addmm.out,
         # cuBLASLt's workspace is cuBLAS's (torch/backends/cuda/__init__.py, blas_workspace_size).
         aten._scaled_mm.default,
     }

@@ -115,6 +115,10 @@ class WeightFormat(Protocol):
 class Product(Protocol):
     """How a linear layer multiplies by its plain weight, other than as torch's linear does."""
 
+    def weights(self, linear: Linear) -> tuple[Weight, ...]:
+        """Return the tensors that the layer keeps for it beside its weight."""
+        ...
+
     def forward(self, run: Any, weight: Param, bias: Param | None, x: Tensor, out: Dim) -> Tensor:
         """Return `x W^T + b`."""
         ...
@@ -175,7 +179,8 @@ class Linear(Module, frozen=True, eq=False, kw_only=True):
         stored = self.format.weights(self) if self.format else (self.weight(),)
         bias = self.bias_weight()
         added = self.adapter.weights(self) if self.adapter else ()
-        return (*stored, *((bias,) if bias else ()), *added)
+        state = self.product.weights(self) if self.product else ()
+        return (*stored, *((bias,) if bias else ()), *added, *state)
 
 
 class Norm(Module, frozen=True, eq=False, kw_only=True):

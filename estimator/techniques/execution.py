@@ -12,6 +12,7 @@ from estimator.eager.checkpoint import Checkpointing
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.model.spec import ModelSpec
 from estimator.run import OptimizerChoice, Run
+from estimator.techniques.fp8 import takes_over
 from estimator.techniques.optimizers import OPTIMIZERS
 from estimator.techniques.stage import Stage
 
@@ -204,6 +205,11 @@ class ActivationCheckpointing(Struct, frozen=True):
             raise UnsupportedCombinationError(
                 f"selective_attention is not possible with this {run.spec.model_type} model, whose "
                 "attention is no function of its own in transformers; use selective_op or full"
+            )
+        if how.saves_products and any(map(takes_over, run.spec.module_counts())):
+            raise UnsupportedCombinationError(
+                "selective_op counts the plain products of a layer, and with fp8 they are no plain "
+                "ones; use activation_checkpointing full"
             )
         if how.reentrant is None:
             how = replace(how, reentrant=run.reentrant)

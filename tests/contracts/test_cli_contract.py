@@ -36,7 +36,7 @@ FROZEN_FLAGS = """
 --quantization-quant-storage --quantization-threshold
 --quantization-bits --quantization-group-size --quantization-desc-act --quantization-kernel
 --precision --autocast
---fp8 --fp8-recipe --fp8-pad-inner-dim --fp8-filter-fqns
+--fp8 --fp8-recipe --fp8-pad-inner-dim --fp8-filter-fqns --fp8-fp8-format --fp8-amax-history-len
 --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --optimizer-rank --optimizer-scale-type --optimizer-max-precondition-dim

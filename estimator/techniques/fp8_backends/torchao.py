@@ -14,7 +14,7 @@ from estimator.eager.size import Dim
 from estimator.eager.tensor import Param, Tensor
 from estimator.errors import UnsupportedCombinationError
 from estimator.model.forward import Forward
-from estimator.model.spec import Linear, Module
+from estimator.model.spec import Linear, Module, Weight
 from estimator.run import Run
 from estimator.section import Names
 from estimator.sources import Cite
@@ -44,6 +44,10 @@ class Float8Product(Struct, frozen=True):
     """The product of a `Float8Linear`."""
 
     recipe: Recipe
+
+    def weights(self, linear: Linear) -> tuple[Weight, ...]:
+        """Return nothing: scales are made anew for each product."""
+        return ()
 
     def forward(
         self, run: Forward, weight: Param, bias: Param | None, x: Tensor, out: Dim

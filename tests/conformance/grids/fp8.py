@@ -1,4 +1,4 @@
-"""Products in 8-bit floats over weights that are not: torchao's float8 training."""
+"""Products in 8-bit floats over weights that are not: torchao, and Transformer Engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Final
 Document = dict[str, Any]
 
 FP8: Final[Document] = {"fp8": {"name": "torchao"}, "optimizer": "adamw_torch"}
+TE: Final[Document] = {"fp8": "te", "optimizer": "adamw_torch"}
 CHUNKED: Final[Document] = {"loss": "chunked"}
 CHECKPOINTED: Final[Document] = {"activation_checkpointing": "full"}
 
@@ -50,6 +51,15 @@ RECIPES: Final[dict[str, Document]] = {
     "fp8 opt": FP8,
     "fp8 gemma2 eager": {**FP8, "attention": "eager"},
     "fp8 tied": {**_recipe("tensorwise", filter_fqns=["down_proj"]), "precision": "amp_bf16"},
+    "fp8 te amp": {**TE, "precision": "amp_bf16"},
+    "fp8 te checkpointed": {**TE, **CHUNKED, **CHECKPOINTED},
+    "fp8 te amp reentrant accumulation": {
+        **TE, **CHUNKED, "precision": "amp_bf16", "gradient_accumulation_steps": 4,
+        "activation_checkpointing": "full_reentrant",
+    },
+    "fp8 te bf16 chunked": {**TE, **CHUNKED},
+    "fp8 te stopping in the MLP": {**TE, "autocast": "bf16"},
+    "fp8 te tied gemma2": {**TE, **CHECKPOINTED, "precision": "amp_bf16"},
 }  # fmt: skip
 
 # The sizes of "llama" are no multiples of 16 in the MLP; those of these models are throughout.
@@ -59,6 +69,8 @@ MODELS: Final[dict[str, str]] = {
     "fp8 opt": "opt",
     "fp8 gemma2 eager": "gemma2",
     "fp8 tied": "llama-tied",
+    "fp8 te stopping in the MLP": "llama",
+    "fp8 te tied gemma2": "gemma2",
 }
 
 FAST: Final = frozenset({"fp8 aligned", "fp8 rowwise amp checkpointed"})
