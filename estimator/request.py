@@ -49,6 +49,7 @@ from estimator.techniques.quantization import Quantization as AnyQuantization
 from estimator.techniques.quantizations.awq import AwqQuantization
 from estimator.techniques.quantizations.four_bit import Fp4, Nf4
 from estimator.techniques.quantizations.gptq import GptqQuantization
+from estimator.techniques.quantizations.hqq import HqqQuantization
 from estimator.techniques.quantizations.int8 import Int8
 from estimator.techniques.quantizations.torchao_int8 import TorchaoInt8
 from estimator.techniques.software import PROFILES
@@ -90,7 +91,7 @@ Method = (
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
-Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8 | GptqQuantization | AwqQuantization
+Quantization = Nf4 | Fp4 | Int8 | TorchaoInt8 | GptqQuantization | AwqQuantization | HqqQuantization
 QUANTIZATIONS: Final[tuple[type[AnyQuantization], ...]] = get_args(Quantization)
 
 Fp8 = Torchao | TransformerEngine
@@ -269,7 +270,13 @@ UNANSWERED_METHODS: Final[dict[str, str]] = {
 
 # Formats of the base weights that have no sourced answer here yet, and what is near to each.
 UNANSWERED_QUANTIZATIONS: Final[dict[str, str]] = {
-    **dict.fromkeys(("hqq", "int4", "torchao_int4"), "use 'nf4'"),
+    # PEFT 0.21.2, tuners/lora/torchao.py, TorchaoLoraLinear._check_dtype_supported; the product
+    # of torchao's other packing, _weight_int4pack_mm, has no derivative.
+    **dict.fromkeys(
+        ("int4", "torchao_int4"),
+        "PEFT's LoRA layer refuses torchao's int4 tensors, and the kernels of its other int4 "
+        "packings have no backward pass; use 'torchao_int8' or 'nf4'",
+    ),
     **dict.fromkeys(
         ("fp8", "float8"),
         "to train with products in 8-bit floats ask for field fp8 ('torchao'); to store the base "

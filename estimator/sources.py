@@ -320,6 +320,11 @@ SOURCES: Final[dict[str, Source]] = {
         "GPT-QModel 7.7.0, layers over GPTQ and AWQ checkpoints",
         "https://github.com/ModelCloud/GPTQModel/blob/v7.7.0/gptqmodel",
     ),
+    "hqq": Source(
+        "code",
+        "hqq 0.2.8.post1, half-quadratic quantization",
+        "https://pypi.org/project/hqq/0.2.8.post1/#files",
+    ),
     "optimum": Source(
         "code",
         "optimum 2.3.0, which layers of a GPTQ model are packed",

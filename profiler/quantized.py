@@ -11,7 +11,7 @@ from typing import Any, Final
 from unittest import mock
 
 from estimator.request import EstimateRequest
-from profiler.quantizations import bnb_4bit, bnb_8bit, gptqmodel, torchao_int8
+from profiler.quantizations import bnb_4bit, bnb_8bit, gptqmodel, hqq, torchao_int8
 
 FORMATS: Final[dict[str, ModuleType]] = {
     "nf4": bnb_4bit,
@@ -20,6 +20,7 @@ FORMATS: Final[dict[str, ModuleType]] = {
     "torchao_int8": torchao_int8,
     "gptq": gptqmodel,
     "awq": gptqmodel,
+    "hqq": hqq,
 }
 """The module that builds each quantization: `with_linears`, `packs`, `pack` and `tensors`."""
 
@@ -104,7 +105,7 @@ def on_cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def seen_by_peft() -> Iterator[None]:
     """Let PEFT know packed layers and weights, which it would know by their class on a GPU."""
-    with gptqmodel.seen_by_peft(), _dequantized_by_dora():
+    with gptqmodel.seen_by_peft(), hqq.seen_by_peft(), _dequantized_by_dora():
         yield
 
 

@@ -31,7 +31,7 @@ class Quantization(Kind, frozen=True):
         upcasts: `prepare_model_for_kbit_training` raises what is not packed to fp32. It leaves
             GPTQ, AQLM, EETQ, HQQ and torchao models as they are.
         bias_dtype: the type of a packed layer's bias, where it does not follow the other weights.
-        plain_lora: PEFT's layer for it takes LoRA without DoRA, and biases are no parameters.
+        plain_lora: it goes with LoRA without DoRA, and biases are no parameters.
         source: the paper or the upstream line.
     """
 
@@ -77,8 +77,8 @@ class Quantization(Kind, frozen=True):
         biases = getattr(method, "bias", "none") != "none"
         if self.plain_lora and (dora or biases):
             raise UnsupportedCombinationError(
-                f"PEFT's layer over {self.name} weights takes neither use_dora nor a trained bias; "
-                "leave them out, or use nf4"
+                f"use_dora and trained biases over {self.name} weights have no sourced answer "
+                "here; leave them out, or use nf4"
             )
 
     def apply(self, run: Run) -> Run:

@@ -35,6 +35,7 @@ FROZEN_FLAGS = """
 --method-tfinal --method-update-and-allocate --method-num-tokens --quantization-skip-modules
 --quantization-quant-storage --quantization-threshold
 --quantization-bits --quantization-group-size --quantization-desc-act --quantization-kernel
+--quantization-axis
 --precision --autocast
 --fp8 --fp8-recipe --fp8-pad-inner-dim --fp8-filter-fqns --fp8-fp8-format --fp8-amax-history-len
 --optimizer --optimizer-implementation --momentum --optimizer-in-backward

@@ -52,6 +52,21 @@ RECIPES: Final[dict[str, Document]] = {
     "awq qwen2 padded": _over("awq", FP16, {"padding": True}),
     "awq opt": _over("awq", CHECKPOINTED, group_size=64),
     "awq few tokens": _over("awq", FP16, SHORT),
+    "hqq": _over("hqq"),
+    "hqq checkpointed": _over("hqq", CHECKPOINTED),
+    "hqq without autocast": _over("hqq", PLAIN),
+    "hqq fp16": _over("hqq", FP16, CHECKPOINTED),
+    "hqq fp32": _over("hqq", FP32, CHECKPOINTED),
+    "hqq 8 bits, axis 0": _over("hqq", CHECKPOINTED, bits=8, axis=0, group_size=128),
+    "hqq 3 bits": _over("hqq", SHORT, bits=3),
+    "hqq 2 bits": _over("hqq", PLAIN, SHORT, CHECKPOINTED, bits=2, group_size=32),
+    "hqq 1 bit, axis 0": _over("hqq", SHORT, bits=1, axis=0),
+    "hqq base adapters": _over("hqq", BASE, CHECKPOINTED),
+    "hqq unprepared": _over("hqq", PLAIN, CHECKPOINTED, prepare_kbit=False),
+    "hqq accumulation": _over("hqq", {"gradient_accumulation_steps": 4}),
+    "hqq qwen2 padded": _over("hqq", {"padding": True}),
+    "hqq opt": _over("hqq", CHECKPOINTED),
+    "hqq short": _over("hqq", CHECKPOINTED, SHORT),
     "awq 1024 tokens": _over("awq", CHECKPOINTED, {"micro_batch_size": 1, "seq_len": 1024}),
 }
 
@@ -63,4 +78,4 @@ MODELS: Final[dict[str, str]] = {
     )
     for recipe in RECIPES
 }
-FAST: Final = frozenset({"gptq short", "awq few tokens"})
+FAST: Final = frozenset({"gptq short", "awq few tokens", "hqq short"})

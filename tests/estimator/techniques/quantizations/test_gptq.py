@@ -48,7 +48,7 @@ def _resolved(config=CONFIG, **fields):
         ({"quantization": {"name": "gptq", "bits": 3}}, "use bits 2, 4 or 8"),
         ({"quantization": {"name": "gptq", "group_size": 100}}, "use one of -1, 16"),
         ({"method": {"name": "lora", "use_dora": True}}, "use_dora"),
-        ({"method": {"name": "lora", "bias": "all"}}, "trained bias"),
+        ({"method": {"name": "lora", "bias": "all"}}, "trained biases"),
         ({"software": {"version": "4"}}, "software transformers 5 or trl"),
         ({"quantization": {"name": "gptq", "kernel": "autogptq_triton"}}, "4 or 4.45"),
     ],
