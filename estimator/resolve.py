@@ -27,6 +27,7 @@ from estimator.techniques.fp8_backends.transformer_engine import TransformerEngi
 from estimator.techniques.kernels import KERNELS
 from estimator.techniques.loss import FUSED_LOSSES, Smoothing
 from estimator.techniques.optimizers import OPTIMIZERS, REFUSED
+from estimator.techniques.optimizers.row import updates_any
 from estimator.techniques.precision import Precision
 from estimator.techniques.software import Software, profile
 from estimator.techniques.stage import Technique, apply_all
@@ -56,7 +57,9 @@ def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> R
 def _refuse_tensors(run: Run) -> None:
     """Refuse weights that the optimizer cannot update."""
     refuses = OPTIMIZERS[run.optimizer.name].refuses
-    for each in () if run.forward_only else trained_tensors(run):
+    if refuses is updates_any or run.forward_only:
+        return
+    for each in trained_tensors(run):
         if reason := refuses(each):
             raise UnsupportedCombinationError(f"optimizer {run.optimizer.name!r}: {reason}")
 

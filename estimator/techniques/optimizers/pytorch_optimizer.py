@@ -14,6 +14,8 @@ _LAMB: Final = Cite("pytorch-optimizer", "lamb.py, Lamb.init_group")
 _SOAP: Final = Cite("pytorch-optimizer", "soap.py, SOAP.init_pre_conditioner")
 _SHAMPOO: Final = Cite("pytorch-optimizer", "shampoo.py, Shampoo.init_group")
 _INT64: Final = DType.INT64.width
+# aten/src/ATen/native/cuda/MultiTensorApply.cuh, kChunkSize.
+_CHUNK: Final = 65_536
 
 
 def _own_scalar(each: Trained) -> int:
@@ -24,10 +26,17 @@ def _own_scalar(each: Trained) -> int:
 def _foreach_lamb(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> None:
     """`updates = torch._foreach_sqrt(exp_avg_sqs)`, turned into the update in place.
 
-    Source: pytorch-optimizer, lamb.py, Lamb._step_foreach.
+    Their norms are added up from partial sums in fp32: for each tensor as many as the largest of
+    them has chunks.
+
+    Source: pytorch-optimizer, lamb.py, Lamb._step_foreach; torch,
+    aten/src/ATen/native/cuda/ForeachReduceOp.cu, output_per_tensor.
     """
     for group in by_dtype(tensors):
-        step.every(group)
+        updates = step.every(group)
+        chunks = max(-(-each.elements // _CHUNK) for each in group)
+        step.new(sum(each.count for each in group) * chunks * FP32)
+        del updates
 
 
 def _single_lamb(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> None:

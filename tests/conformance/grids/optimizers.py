@@ -15,6 +15,8 @@ QLORA: Final[Document] = {
     **LORA, "quantization": {"name": "nf4"}, "autocast": "bf16",
 }  # fmt: skip
 
+LAST_LAYERS: Final[Document] = {"method": {"name": "partial", "last_layers": 2}}
+
 
 def _asked(optimizer: str, *others: Document, **knobs: Any) -> Document:
     document: Document = {"optimizer": {"name": optimizer, **knobs}}
@@ -58,6 +60,7 @@ _BITSANDBYTES: Final[tuple[Any, ...]] = (
     ("lamb_32bit", ""),
     ("lamb_32bit", ", tied", CHECKPOINTED, _FP32),
     ("lamb_32bit", " lora", LORA),
+    ("lamb_32bit", " master_bf16", {"precision": "master_bf16"}),
     ("lamb_32bit", " amp", {"precision": "amp_bf16"}),
     ("adagrad_8bit", " fp16", _FP16),
     ("adagrad_32bit", " amp", {"precision": "amp_bf16"}),
@@ -120,6 +123,12 @@ RECIPES: Final[dict[str, Document]] = {
     "muon fused qlora checkpointed": _asked("muon", SHORT, QLORA, CHECKPOINTED),
     "muon in backward checkpointed": _in_backward("muon", SHORT, CHECKPOINTED),
     "muon accumulation": _asked("muon", SHORT, {"gradient_accumulation_steps": 4}),
+    "muon single in backward": _in_backward("muon", SHORT, implementation="single"),
+    "muon, saved head": _asked(
+        "muon", SHORT, {"method": {"name": "lora", "r": 8, "modules_to_save": ["lm_head"]}}
+    ),
+    "muon of some layers": _asked("muon", SHORT, LAST_LAYERS),
+    "muon, gains and tables": _asked("muon", SHORT),
     "muon fp16": _asked("muon", SHORT, {"precision": "fp16"}, implementation="fused"),
     # -- what the Trainer takes from torch-optimi and grokadamw --------------------------------
     "stable adamw": _asked("stable_adamw", SHORT),
@@ -133,6 +142,14 @@ RECIPES: Final[dict[str, Document]] = {
     "stable adamw single in backward": _in_backward(
         "stable_adamw", SHORT, CHECKPOINTED, implementation="single"
     ),
+    "stable adamw in backward": _in_backward("stable_adamw", SHORT, CHECKPOINTED),
+    "stable adamw megatron_bf16": _asked("stable_adamw", SHORT, {"precision": "megatron_bf16"}),
+    "stable adamw foreach amp accumulation": _asked(
+        "stable_adamw",
+        SHORT,
+        {"precision": "amp_bf16", "gradient_accumulation_steps": 3},
+        implementation="foreach",
+    ),
     "stable adamw foreach master_bf16": _asked(
         "stable_adamw", SHORT, {"precision": "master_bf16"}, implementation="foreach"
     ),
@@ -140,6 +157,7 @@ RECIPES: Final[dict[str, Document]] = {
     "grokadamw fp32, gpt2": _asked("grokadamw", SHORT, _FP32),
     "grokadamw lora amp": _asked("grokadamw", SHORT, LORA, {"precision": "amp_bf16"}),
     "grokadamw in backward, tied": _in_backward("grokadamw", SHORT, CHECKPOINTED),
+    "grokadamw master_bf16": _asked("grokadamw", SHORT, {"precision": "master_bf16"}),
     "grokadamw accumulation": _asked("grokadamw", SHORT, {"gradient_accumulation_steps": 4}),
     # -- pytorch_optimizer ---------------------------------------------------------------------
     "lamb": _asked("lamb", SHORT),
@@ -148,6 +166,7 @@ RECIPES: Final[dict[str, Document]] = {
     "lamb amp checkpointed": _asked("lamb", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}),
     "lamb qlora": _asked("lamb", SHORT, QLORA),
     "lamb in backward": _in_backward("lamb", SHORT, CHECKPOINTED),
+    "lamb megatron_bf16": _asked("lamb", SHORT, {"precision": "megatron_bf16"}),
     "lamb master_bf16": _asked("lamb", SHORT, {"precision": "master_bf16"}),
     "soap": _asked("soap", SHORT),
     "soap fp32, tied": _asked("soap", SHORT, _FP32),
@@ -155,6 +174,8 @@ RECIPES: Final[dict[str, Document]] = {
     "soap amp": _asked("soap", SHORT, {"precision": "amp_bf16"}),
     "soap lora": _asked("soap", SHORT, LORA),
     "soap in backward": _in_backward("soap", SHORT, CHECKPOINTED),
+    "soap megatron_bf16": _asked("soap", SHORT, {"precision": "megatron_bf16"}),
+    "soap, gains and tables": _asked("soap", SHORT),
     "soap master_bf16": _asked("soap", SHORT, {"precision": "master_bf16"}),
     "shampoo lora": _asked("shampoo", SHORT, LORA),
     "shampoo lora fp32, gpt2": _asked("shampoo", SHORT, LORA, _FP32),
@@ -163,7 +184,7 @@ RECIPES: Final[dict[str, Document]] = {
     "shampoo of some layers master_bf16": _asked(
         "shampoo",
         SHORT,
-        {"precision": "master_bf16", "method": {"name": "partial", "last_layers": 2}},
+        {"precision": "master_bf16", **LAST_LAYERS},
     ),
     # -- Adam-mini -----------------------------------------------------------------------------
     "adam-mini": _asked("adam_mini", SHORT),
@@ -172,6 +193,8 @@ RECIPES: Final[dict[str, Document]] = {
         "adam_mini", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}
     ),
     "adam-mini in backward": _in_backward("adam_mini", SHORT, CHECKPOINTED),
+    "adam-mini, fused projections": _asked("adam_mini", SHORT),
+    "adam-mini, one key head": _asked("adam_mini", SHORT),
     "adam-mini, heads wider than hidden": _asked("adam_mini", SHORT),
     "adam-mini, vectors named as matrices": _asked("adam_mini", SHORT),
     "adam-mini lora": _asked("adam_mini", SHORT, LORA),
@@ -233,6 +256,10 @@ RECIPES: Final[dict[str, Document]] = {
     "bitsandbytes lars_32bit amp checkpointed, gpt2": _asked(
         "lars_32bit", SHORT, CHECKPOINTED, {"precision": "amp_bf16"}, momentum=0.9
     ),
+    "bitsandbytes lars_32bit fp32 in backward": _in_backward(
+        "lars_32bit", SHORT, CHECKPOINTED, _FP32, momentum=0.9
+    ),
+    "bitsandbytes lamb_32bit in backward": _in_backward("lamb_32bit", SHORT, CHECKPOINTED),
     "bitsandbytes lars_32bit fp16": _asked("lars_32bit", SHORT, _FP16, momentum=0.9),
     "bitsandbytes sgd_8bit fp16": _asked("sgd_8bit", SHORT, _FP16, momentum=0.9),
     "bitsandbytes sgd_32bit lora": _asked("sgd_32bit", SHORT, LORA, momentum=0.9),
@@ -247,6 +274,10 @@ RECIPES: Final[dict[str, Document]] = {
 }
 
 MODELS: Final[dict[str, str]] = {
+    "muon, gains and tables": "bloom",
+    "soap, gains and tables": "bloom",
+    "adam-mini, fused projections": "phi3",
+    "adam-mini, one key head": "falcon",
     "shampoo lora fp32, gpt2": "gpt2",
     "shampoo, tied": "llama-tied",
     "shampoo in backward, tied": "llama-tied",
