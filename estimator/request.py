@@ -30,6 +30,7 @@ from estimator.techniques.methods.fourierft import FourierFt
 from estimator.techniques.methods.full import Full
 from estimator.techniques.methods.houlsby_adapter import HoulsbyAdapter
 from estimator.techniques.methods.ia3 import Ia3
+from estimator.techniques.methods.lisa import Lisa
 from estimator.techniques.methods.llama_adapter import LlamaAdapter, LlamaAdapterV2
 from estimator.techniques.methods.ln_tuning import LnTuning
 from estimator.techniques.methods.loha import Loha
@@ -88,6 +89,7 @@ Method = (
     | AdaLora
     | TrainableTokens
     | Mezo
+    | Lisa
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
@@ -211,6 +213,7 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "paged_adamw": {"name": "paged_adamw_32bit"},
     "paged_lion": {"name": "paged_lion_32bit"},
     "galore_adamw_layerwise": {"name": "galore_adamw", "in_backward": True},
+    "galore_adamw_8bit_layerwise": {"name": "galore_adamw_8bit", "in_backward": True},
     "apollo_adamw_layerwise": {"name": "apollo_adamw", "in_backward": True},
     "apollo_mini": {"name": "apollo_adamw", "rank": 1, "scale_type": "tensor"},
     "rmsprop_bnb": {"name": "rmsprop_bnb_32bit"},
@@ -255,14 +258,14 @@ METHOD_ALIASES: Final[dict[str, Alias]] = {
 
 # Methods of the literature that have no sourced answer here yet, and what is near to each.
 UNANSWERED_METHODS: Final[dict[str, str]] = {
-    "lisa": "method 'partial' with last_layers, embeddings and modules ['lm_head'] holds what one "
-    "choice of its layers does",
     "badam": "method 'partial' with last_layers 1 holds what one of its blocks does, but for the "
     "fp32 copy of the block",
     "adaption_prompt": "method 'llama_adapter' with software 'litgpt' is the same idea in another "
     "code",
     "vblora": "method 'vera' shares matrices too",
     "galore": "ask for optimizer 'galore_adamw'",
+    "q_galore": "ask for optimizer 'galore_adamw_8bit'; q-galore-torch 1.0 does not run with "
+    "bitsandbytes 0.50",
     "apollo": "ask for optimizer 'apollo_adamw'",
     "lomo": "ask for optimizer 'lomo'",
     "adalomo": "ask for optimizer 'adalomo'",

@@ -153,6 +153,9 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
     )
 
 
+# Compared where another part of the model is trained every few steps.
+_TAKING_TURNS: Final = ("adamw", "adam", "sgd", "adafactor", "adamw_8bit", "paged_adamw_8bit")
+
 _ANY_OPTIMIZER: Final = ("name", "implementation", "in_backward")
 
 
@@ -202,11 +205,23 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
         f"an optimizer in backward with precision {request.precision!r}": (
             optimizer.in_backward and request.precision in ("master_bf16", "megatron_bf16")
         ),
+        f"optimizer {optimizer.name!r} with loop.set_to_none=false": (
+            OPTIMIZERS[optimizer.name].spends_gradients and not request.loop.set_to_none
+        ),
         f"optimizer {optimizer.name!r} with a method that freezes weights": (
             OPTIMIZERS[optimizer.name].trains_all and not request.method.trains_base
         ),
         f"optimizer {optimizer.name!r} with precision {request.precision!r}": (
             request.precision in OPTIMIZERS[optimizer.name].not_with
+        ),
+        f"optimizer {optimizer.name!r} with method {request.method.name!r}": (
+            request.method.takes_turns and optimizer.name not in _TAKING_TURNS
+        ),
+        f"an optimizer in backward with method {request.method.name!r}": (
+            request.method.takes_turns and optimizer.in_backward
+        ),
+        f"precision {request.precision!r} with method {request.method.name!r}": (
+            request.method.takes_turns and request.precision in ("master_bf16", "megatron_bf16")
         ),
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1

@@ -50,6 +50,7 @@ class Run(Struct, frozen=True):
         prompt_tokens: virtual tokens that are put before the text, so that all layers see them.
         prefix_tokens: virtual tokens whose keys and values lie in the cache of every layer.
         keeps_importance: the loop keeps AdaLoRA's three scores of every adapter weight.
+        keeps_every_state: the optimizer has states of frozen weights, which were trained before.
         forward_only: the step evaluates the loss and has no backward pass (MeZO).
         limits_norm: the loop scales the gradients where their norm is beyond a limit.
         pads_tokens: products over the tokens are padded to a multiple of 16.
@@ -70,6 +71,7 @@ class Run(Struct, frozen=True):
     prompt_tokens: int = 0
     prefix_tokens: int = 0
     keeps_importance: bool = False
+    keeps_every_state: bool = False
     forward_only: bool = False
     limits_norm: bool = False
     pads_tokens: bool = False

@@ -471,6 +471,11 @@ SOURCES: Final[dict[str, Source]] = {
         "LLaMA-Factory at commit 01d87b8267b9, freeze tuning",
         "https://github.com/hiyouga/LLaMA-Factory/blob/01d87b8267b9/src/llamafactory",
     ),
+    "lmflow": Source(
+        "code",
+        "LMFlow at commit f3597dba134e, LISA",
+        "https://github.com/OptimalScale/LMFlow/blob/f3597dba134e/src/lmflow",
+    ),
     "adapters": Source(
         "code",
         "adapters 1.3.0 (AdapterHub), bottleneck adapters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 from estimator.optimizer import Optimizer
 
@@ -14,6 +15,51 @@ def galore(
     settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
     chosen = _split(model, groups, settings)
     return library.GaLoreAdamW(chosen, lr=lr, no_deprecation_warning=True)
+
+
+def galore_8bit(
+    library: Any, model: Any, groups: list[dict[str, Any]], asked: Optimizer, lr: float
+) -> Any:
+    """Return GaLore over 8-bit Adam of bitsandbytes; its step waits for CUDA, which is not here."""
+    import torch
+    from bitsandbytes import functional, optim
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    update = functional.optimizer_update_32bit
+
+    def unlimited(*args: Any, max_unorm: float, **kwargs: Any) -> None:
+        # The norm of a small weight is read from the device; a fake one has no value.
+        update(*args, max_unorm=0.0, **kwargs)
+
+    class Waitless(library.GaLoreAdamW8bit):  # type: ignore[misc]  # it has no types
+        def step(self, closure: Any = None) -> Any:
+            with (
+                mock.patch.object(torch.cuda, "synchronize"),
+                mock.patch.object(functional, "optimizer_update_32bit", unlimited),
+            ):
+                return super().step(closure)
+
+    settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
+    with unset_fake_temporarily():
+        # Its code books are computed from data when it is built.
+        optimizer = Waitless(_split(model, groups, settings), lr=lr)
+    optimizer.name2qmap = {
+        name: torch.ones(table.numel()) for name, table in optimizer.name2qmap.items()
+    }
+    # The manager is one for the whole process and remembers parameters by their address.
+    manager = object.__new__(optim.GlobalOptimManager)
+    manager.initialize()
+    optimizer.mng = manager
+    return optimizer
+
+
+def galore_adafactor(
+    library: Any, model: Any, groups: list[dict[str, Any]], asked: Optimizer, lr: float
+) -> Any:
+    """Return GaLore over Adafactor, with the Trainer's two settings."""
+    settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
+    chosen = _split(model, groups, settings)
+    return library.GaLoreAdafactor(chosen, lr=lr, scale_parameter=False, relative_step=False)
 
 
 def apollo(

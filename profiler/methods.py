@@ -16,6 +16,7 @@ from estimator.errors import InvalidRequestError, UnsupportedCombinationError
 from estimator.request import EstimateRequest
 from estimator.techniques.bottleneck import BottleneckMethod
 from estimator.techniques.method import Method
+from estimator.techniques.methods.lisa import Lisa
 from estimator.techniques.methods.loreft import LoReft
 from estimator.techniques.methods.partial import Partial
 from profiler import quantized, stack
@@ -79,6 +80,17 @@ def _partial(model: Any, request: EstimateRequest) -> Any:
     return model
 
 
+def _lisa(model: Any, request: EstimateRequest) -> Any:
+    """Leave everything trainable where states stay, as if every layer had had its turn before."""
+    from profiler import lisa
+
+    method = request.method
+    assert isinstance(method, Lisa)
+    if not method.keep_states:
+        lisa.switch(model, method)
+    return model
+
+
 def _bottleneck(model: Any, request: EstimateRequest) -> Any:
     """Freeze the model and put the adapters library's bottlenecks into its layers."""
     from profiler import bottleneck
@@ -100,6 +112,7 @@ def _loreft(model: Any, request: EstimateRequest) -> Any:
 Builder = Callable[[Any, EstimateRequest], Any]
 BUILDERS: Final[dict[str, Builder]] = {
     "partial": _partial,
+    "lisa": _lisa,
     "houlsby_adapter": _bottleneck,
     "pfeiffer_adapter": _bottleneck,
     "loreft": _loreft,

@@ -473,7 +473,12 @@ def _schedule_free(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> An
 def _galore(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     _refuse_implementation(asked)
     library = _library("galore_torch", "galore-torch", asked)
-    return low_rank.galore(library, model, groups, asked, LEARNING_RATE)
+    builders = {
+        "galore_adamw": low_rank.galore,
+        "galore_adamw_8bit": low_rank.galore_8bit,
+        "galore_adafactor": low_rank.galore_adafactor,
+    }
+    return builders[asked.name](library, model, groups, asked, LEARNING_RATE)
 
 
 def _apollo(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
@@ -706,6 +711,8 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "schedule_free_radam": _schedule_free,
     "schedule_free_sgd": _schedule_free,
     "galore_adamw": _galore,
+    "galore_adamw_8bit": _galore,
+    "galore_adafactor": _galore,
     "apollo_adamw": _apollo,
     "lowmem_adafactor": _lowmem_adafactor,
     "adamw_torch_8bit": _torchao,

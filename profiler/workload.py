@@ -87,8 +87,9 @@ class Workload:
         Args:
             phase: called with the name of each phase when it begins.
         """
-        from profiler import mezo
+        from profiler import lisa, mezo
 
+        lisa.begin_step(self.model, self.request.method, self.optimizer)
         phase(trace.BATCH)
         # `Trainer.get_batch_samples` holds every batch of the step on the device until its end.
         batches = [

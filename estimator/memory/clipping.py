@@ -40,7 +40,7 @@ def clipping_temporaries(run: Run) -> tuple[int, ...]:
     """Return the sizes of what clipping allocates at its worst moment [bytes]."""
     if not run.clips:
         return ()
-    return worst_moment(_total_norm, (trained_tensors(run),), run.optimizer)
+    return worst_moment(_total_norm, (trained_tensors(run),), run.optimizer).worst
 
 
 def _total_norm(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> None:

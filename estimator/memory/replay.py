@@ -24,7 +24,7 @@ from estimator.memory.standing import (
     importance_sizes,
     kept_states,
     step_temporaries,
-    trained_tensors,
+    tensors_with_states,
 )
 from estimator.memory.trace import Recording, record
 from estimator.model.spec import held
@@ -96,7 +96,7 @@ def _loaded(run: Run) -> Iterator[int]:
 def _states(run: Run) -> Iterator[int]:
     """Yield the sizes of the optimizer's states, tensor by tensor, managed memory left out."""
     kept = kept_states(run)
-    for each in trained_tensors(run):
+    for each in tensors_with_states(run):
         for _ in range(each.count):
             yield from (state.bytes(each) for state in kept if not state.managed(each))
     for _, size, count in importance_sizes(run):

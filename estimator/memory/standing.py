@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from estimator.dtypes import DType
 from estimator.memory.ledger import Entry, Ledger, constant_row, tensor_row
-from estimator.model.spec import Module
+from estimator.model.spec import Module, Weight
 from estimator.run import Run
 from estimator.sources import Cite
-from estimator.techniques.optimizers import OPTIMIZERS, Trained, states, temporaries, trained
+from estimator.techniques.optimizers import (
+    OPTIMIZERS,
+    Trained,
+    spent_gradients,
+    states,
+    temporaries,
+    trained,
+)
 from estimator.techniques.optimizers.row import State, layout
 
 _MASTER = Cite("micikevicius2018", "section 3.1, fp32 master copy of weights")
@@ -47,11 +54,20 @@ def site_of(run: Run, module: Module) -> str:
 
 def trained_tensors(run: Run) -> tuple[Trained, ...]:
     """Return what the optimizer updates."""
+    return _seen_by_the_optimizer(run, lambda weight: weight.trainable)
+
+
+def tensors_with_states(run: Run) -> tuple[Trained, ...]:
+    """Return what the optimizer keeps states of: what it updates, or has updated before."""
+    return _seen_by_the_optimizer(run, lambda w: w.trainable or run.keeps_every_state)
+
+
+def _seen_by_the_optimizer(run: Run, seen: Callable[[Weight], bool]) -> tuple[Trained, ...]:
     master, model = run.optimizer.master_weights, layout(run.spec)
     return tuple(
         trained(module, weight, count, master=master, layout=model)
         for module, weight, count in run.spec.tensors()
-        if weight.trainable
+        if seen(weight)
     )
 
 
@@ -92,7 +108,7 @@ def _states(run: Run) -> list[Entry]:
             ),
             each.count,
         )
-        for each in trained_tensors(run)
+        for each in tensors_with_states(run)
         for state in kept_states(run)
         if not state.managed(each) and state.bytes(each)
     ]  # fmt: skip
@@ -130,7 +146,7 @@ def managed_bytes(run: Run) -> int:
     """Bytes of paged optimizer states: CUDA managed memory, in none of torch's counters."""
     return sum(
         state.bytes(each) * each.count
-        for each in trained_tensors(run)
+        for each in tensors_with_states(run)
         for state in kept_states(run)
         if state.managed(each)
     )
@@ -181,7 +197,7 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
         return ()
     if run.forward_only:
         return _perturbation(run)
-    gradients = step_gradients(run)
+    gradients = [*step_gradients(run), *_spent(run)]
     sizes = step_temporaries(run)
     copying = _last_copy(run)
     if _bytes(copying) > _bytes(gradients) + sum(sizes):
@@ -205,6 +221,20 @@ def step_gradients(run: Run) -> list[Entry]:
     if not run.optimizer.master_weights:
         return [] if run.accumulates else _gradients(run)
     return [_main_gradient(each, each.count, half=False) for each in trained_tensors(run)]
+
+
+def _spent(run: Run) -> Iterator[Entry]:
+    """Yield the gradients that the step has dropped by its worst moment, counted off."""
+    tensors = trained_tensors(run)
+    spent = spent_gradients(run.optimizer, tensors)
+    if not spent:
+        return
+    alive = _gradients(run) if run.accumulates else step_gradients(run)
+    for each, entry in zip(tensors, alive, strict=True):
+        dropped = min(spent.get(each, 0), entry.count)
+        if dropped:
+            spent[each] -= dropped
+            yield Entry(entry.row, -dropped)
 
 
 def _main_gradient(each: Trained, count: int, *, half: bool) -> Entry:

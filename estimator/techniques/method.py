@@ -27,6 +27,7 @@ class Method(Kind, frozen=True):
         quantizations: names of the formats of the base weights that it was checked over; None for
             all of them.
         peft: name of PEFT's configuration class, if PEFT runs the method.
+        takes_turns: every few steps another part of the model is trained.
         without_backward: its step evaluates the loss only.
         source: the paper or the upstream line.
     """
@@ -35,6 +36,7 @@ class Method(Kind, frozen=True):
     trains_base: ClassVar[bool] = False
     quantizations: ClassVar[frozenset[str] | None] = FOUR_BIT
     peft: ClassVar[str | None] = None
+    takes_turns: ClassVar[bool] = False
     without_backward: ClassVar[bool] = False
     source: ClassVar[Cite]
 

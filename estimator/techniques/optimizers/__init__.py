@@ -8,6 +8,7 @@ from estimator.run import OptimizerChoice
 from estimator.techniques.optimizers.adam_mini import ADAM_MINI
 from estimator.techniques.optimizers.apollo import APOLLO
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
+from estimator.techniques.optimizers.galore_variants import GALORE_VARIANTS
 from estimator.techniques.optimizers.lomo import LOMO
 from estimator.techniques.optimizers.low_rank import LOW_RANK
 from estimator.techniques.optimizers.lowmem import LOWMEM
@@ -15,7 +16,7 @@ from estimator.techniques.optimizers.muon import MUON
 from estimator.techniques.optimizers.pytorch_optimizer import PYTORCH_OPTIMIZER
 from estimator.techniques.optimizers.row import OptimizerRow, State, Trained, trained
 from estimator.techniques.optimizers.small_libraries import SMALL_LIBRARIES
-from estimator.techniques.optimizers.temporaries import trainer_groups, worst_moment
+from estimator.techniques.optimizers.temporaries import Step, trainer_groups, worst_moment
 from estimator.techniques.optimizers.torch_optim import TORCH
 from estimator.techniques.optimizers.torchao import TORCHAO
 from estimator.techniques.optimizers.transformers import TRANSFORMERS
@@ -28,6 +29,7 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **LOMO,
     **LOWMEM,
     **LOW_RANK,
+    **GALORE_VARIANTS,
     **APOLLO,
     **SMALL_LIBRARIES,
     **PYTORCH_OPTIMIZER,
@@ -52,6 +54,10 @@ REFUSED: Final[dict[str, str]] = {
     "'soap' or 'shampoo'",
     "lamb_8bit": "bitsandbytes has no 8-bit kernel for LAMB; use 'lamb_32bit'",
     "lars_8bit": "bitsandbytes has no 8-bit kernel for LARS; use 'lars_32bit'",
+    "galore_adafactor_layerwise": "the Trainer of transformers 5.23 gives it a learning "
+    "rate beside relative steps, which galore-torch refuses; use 'galore_adafactor'",
+    "q_galore_adamw_8bit": "q-galore-torch 1.0 reads a setting that bitsandbytes 0.50 no longer "
+    "has, and does not ship the layer of its int8 weights; use 'galore_adamw_8bit'",
 }
 
 
@@ -65,9 +71,29 @@ def states(choice: OptimizerChoice) -> tuple[State, ...]:
 
 def temporaries(choice: OptimizerChoice, tensors: tuple[Trained, ...]) -> tuple[int, ...]:
     """Return the sizes of what its step holds beside the states at its worst moment [bytes]."""
+    return _step(choice, tensors).worst
+
+
+def spent_gradients(choice: OptimizerChoice, tensors: tuple[Trained, ...]) -> dict[Trained, int]:
+    """Return how many gradients of each tensor its step has dropped by its worst moment."""
+    if not OPTIMIZERS[choice.name].spends_gradients:
+        return {}
+    return _step(choice, tensors).worst_spent
+
+
+def _step(choice: OptimizerChoice, tensors: tuple[Trained, ...]) -> Step:
     row = OPTIMIZERS[choice.name]
     groups = (tensors,) if row.groups_itself else trainer_groups(tensors)
     return worst_moment(row.updates[choice.implementation], groups, choice)
 
 
-__all__ = ["OPTIMIZERS", "OptimizerRow", "State", "Trained", "states", "temporaries", "trained"]
+__all__ = [
+    "OPTIMIZERS",
+    "OptimizerRow",
+    "State",
+    "Trained",
+    "spent_gradients",
+    "states",
+    "temporaries",
+    "trained",
+]

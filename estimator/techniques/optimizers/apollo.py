@@ -6,7 +6,7 @@ from typing import Final
 
 from estimator.run import OptimizerChoice
 from estimator.sources import Cite
-from estimator.techniques.optimizers.low_rank import split_linears, step_in_full
+from estimator.techniques.optimizers.low_rank import MASTERED, split_linears, step_in_full
 from estimator.techniques.optimizers.row import FP32, OptimizerRow, State, Trained
 from estimator.techniques.optimizers.temporaries import Scratch, Step, in_turn
 
@@ -95,6 +95,7 @@ APOLLO: Final[dict[str, OptimizerRow]] = {
         _ADAM,
         knobs=("rank", "scale_type"),
         trains_all=True,
+        not_with=MASTERED,
         groups_itself=True,
     ),
 }

@@ -9,6 +9,9 @@ from estimator.sources import Cite
 from estimator.techniques.optimizers.row import FP32, OptimizerRow, State, Trained
 from estimator.techniques.optimizers.temporaries import Scratch, Step, in_turn
 
+# Projections go by the weights of linear layers, of which these precisions update copies.
+MASTERED: Final = ("master_bf16", "megatron_bf16")
+
 _ADAM: Final = Cite("galore-torch", "adamw.py, AdamW.step")
 _PROJECTOR: Final = Cite("galore-torch", "galore_projector.py, GaLoreProjector")
 
@@ -17,17 +20,17 @@ def _rank(each: Trained, choice: OptimizerChoice) -> int:
     return min(choice.asked.rank, each.rows, each.columns)
 
 
-def _low(each: Trained, choice: OptimizerChoice) -> int:
+def projected(each: Trained, choice: OptimizerChoice) -> int:
     """Bytes of the projected gradient: the longer side of the matrix by the rank."""
     return max(each.rows, each.columns) * _rank(each, choice) * each.dtype.width
 
 
 def _moment(each: Trained, choice: OptimizerChoice) -> int:
     """Bytes of a moment: of the projected gradient where the weight is that of a linear layer."""
-    return _low(each, choice) if each.in_linear else each.bytes
+    return projected(each, choice) if each.in_linear else each.bytes
 
 
-def _ortho(each: Trained, choice: OptimizerChoice) -> int:
+def ortho(each: Trained, choice: OptimizerChoice) -> int:
     """Bytes of the projector: the shorter side by the rank.
 
     In fp32 it is a view, and keeps all singular vectors of that side alive.
@@ -53,8 +56,8 @@ def _step(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> 
     step_in_full(step, others, name)
     for each in in_turn(linears):
         name.pop("grad", None)
-        low = _low(each, choice)
-        _renew(step, each, choice)
+        low = projected(each, choice)
+        renew(step, each, choice)
         name["grad"] = step.new(low)
         name["denom"] = step.new(low)
         name["norm_grad"] = step.new(low)
@@ -81,7 +84,7 @@ def step_in_full(step: Step, tensors: tuple[Trained, ...], name: dict[str, Scrat
         name["norm_grad"] = step.like(each)
 
 
-def _renew(step: Step, each: Trained, choice: OptimizerChoice) -> None:
+def renew(step: Step, each: Trained, choice: OptimizerChoice) -> None:
     """Run the singular value decomposition of a gradient; the old projector lives until its end.
 
     cuSOLVER's own copy of the matrix and its workspace are not seen here.
@@ -95,7 +98,7 @@ def _renew(step: Step, each: Trained, choice: OptimizerChoice) -> None:
     diagonal = step.new(rank * rank * FP32)
     product = step.new(max(rows, columns) * rank * FP32)
     del diagonal
-    projector = step.new(_ortho(each, choice)) if each.dtype.is_half else None
+    projector = step.new(ortho(each, choice)) if each.dtype.is_half else None
     del matrix, vectors, product, projector
 
 
@@ -104,7 +107,7 @@ def galore(choice: OptimizerChoice) -> tuple[State, ...]:
     return (
         State("exp_avg", lambda each: _moment(each, choice), _ADAM),
         State("exp_avg_sq", lambda each: _moment(each, choice), _ADAM),
-        State("ortho_matrix", lambda each: _ortho(each, choice), _PROJECTOR),
+        State("ortho_matrix", lambda each: ortho(each, choice), _PROJECTOR),
     )
 
 
@@ -116,6 +119,7 @@ LOW_RANK: Final[dict[str, OptimizerRow]] = {
         _ADAM,
         knobs=("rank",),
         trains_all=True,
+        not_with=MASTERED,
         groups_itself=True,
         note="cuSOLVER's workspace of GaLore's singular value decomposition is not counted",
     ),

@@ -136,6 +136,7 @@ class OptimizerRow(Struct, frozen=True):
         fused_backward: it has no step of its own; hooks update parameters inside backward.
         note: what the answer says about it, where something is not counted.
         groups_itself: its parameter groups are not the Trainer's two.
+        spends_gradients: its step drops gradients on the way.
         trains_all: it keeps states of frozen weights too, so that none may be frozen.
         refuses: why it cannot update a tensor, or nothing.
         not_with: values of `precision` that it was not compared with.
@@ -150,6 +151,7 @@ class OptimizerRow(Struct, frozen=True):
     fused_backward: bool = False
     trains_all: bool = False
     groups_itself: bool = False
+    spends_gradients: bool = False
     note: str = ""
     refuses: Callable[[Trained], str] = updates_any
     not_with: tuple[str, ...] = ()

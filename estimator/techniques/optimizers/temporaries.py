@@ -16,10 +16,17 @@ FP32 = DType.FLOAT32.width
 
 
 class Step:
-    """One step under way: what is alive, and what was when it was most."""
+    """One step under way: what is alive, and what was when it was most.
+
+    Args:
+        worst: sizes of the temporaries that were alive then [bytes].
+        worst_spent: gradients that the step had dropped by then, and how many of each.
+    """
 
     def __init__(self) -> None:
         self.worst: tuple[int, ...] = ()
+        self.worst_spent: dict[Trained, int] = {}
+        self._spent: dict[Trained, int] = {}
         self._alive: dict[int, tuple[int, ...]] = {}
         self._total = self._most = self._born = 0
 
@@ -47,7 +54,13 @@ class Step:
         if self._total > self._most:
             self._most = self._total
             self.worst = tuple(size for group in self._alive.values() for size in group)
+            self.worst_spent = dict(self._spent)
         return self._born
+
+    def spend(self, each: Trained, count: int) -> None:
+        """Drop the gradients of some alike tensors, which the caller keeps otherwise."""
+        self._total -= each.bytes * count
+        self._spent[each] = self._spent.get(each, 0) + count
 
     def died(self, number: int) -> None:
         """Count tensors that have died."""
@@ -74,13 +87,13 @@ Update = Callable[[Step, tuple[Trained, ...], OptimizerChoice], None]
 Groups = tuple[tuple[Trained, ...], ...]
 
 
-def worst_moment(update: Update, groups: Groups, choice: OptimizerChoice) -> tuple[int, ...]:
-    """Return the sizes of the temporaries that are alive together at the worst moment [bytes]."""
+def worst_moment(update: Update, groups: Groups, choice: OptimizerChoice) -> Step:
+    """Return a step that has been run, with what was alive at its worst moment."""
     step = Step()
     for group in groups:
         if group:
             update(step, group, choice)
-    return step.worst
+    return step
 
 
 def trainer_groups(tensors: tuple[Trained, ...]) -> Groups:

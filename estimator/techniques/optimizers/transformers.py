@@ -22,27 +22,37 @@ def second_moment(each: Trained) -> int:
 
 
 def adafactor(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> None:
-    """Run Adafactor's step, all of it in fp32.
+    """Run Adafactor's step, one parameter after the other.
+
+    Source: hf-optimization, Adafactor.step.
+    """
+    name: dict[str, Scratch] = {}
+    for each in in_turn(tensors):
+        update_in_fp32(step, each, choice, name)
+
+
+def update_in_fp32(
+    step: Step, each: Trained, choice: OptimizerChoice, name: dict[str, Scratch]
+) -> None:
+    """Update one parameter, all of it in fp32.
 
     The names keep their tensors until the next parameter takes them over; a first moment is
     the update itself, so that the tensor that held it is free before the negative is made.
 
     Source: hf-optimization, Adafactor.step.
     """
-    name: dict[str, Scratch] = {}
-    for each in in_turn(tensors):
-        if each.dtype.is_half:
-            name["grad"] = step.fp32(each)
-            name["p_data_fp32"] = step.fp32(each)
-        name["update"] = step.fp32(each, step.fp32(each))  # grad**2 + eps
-        if each.rows:
-            means(step, each)
-            name["update"] = step.fp32(each, factors(step, each))
-        else:
-            name["update"] = step.fp32(each)
-        if choice.asked.beta1 is not None:
-            del name["update"]
-        step.fp32(each)  # -update
+    if each.dtype.is_half:
+        name["grad"] = step.fp32(each)
+        name["p_data_fp32"] = step.fp32(each)
+    name["update"] = step.fp32(each, step.fp32(each))  # grad**2 + eps
+    if each.rows:
+        means(step, each)
+        name["update"] = step.fp32(each, factors(step, each))
+    else:
+        name["update"] = step.fp32(each)
+    if choice.asked.beta1 is not None:
+        del name["update"]
+    step.fp32(each)  # -update
 
 
 def means(step: Step, each: Trained) -> None:

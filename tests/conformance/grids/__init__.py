@@ -22,6 +22,7 @@ from tests.conformance.grids import (
     peft_adapters,
     quantization,
     software,
+    turns,
 )
 
 
@@ -47,4 +48,5 @@ GRIDS: Final[tuple[Grid, ...]] = (
     peft_adapters,
     quantization,
     software,
+    turns,
 )
