@@ -132,7 +132,8 @@ def _step_adafactor(step: Step, tensors: tuple[Trained, ...], choice: OptimizerC
 def _states_8bit(choice: OptimizerChoice) -> tuple[State, ...]:
     """Return the states of 8-bit Adam; bitsandbytes 0.50 takes GaLore's clipping for `max_unorm`.
 
-    Source: galore-torch, adamw8bit.py, AdamW8bit.__init__ (its tenth argument).
+    Source: galore-torch, adamw8bit.py, AdamW8bit.__init__ (its tenth argument); bitsandbytes,
+    optim/optimizer.py, Optimizer2State.init_state.
     """
     codes: Bytes = lambda each: _codes(each, choice)  # noqa: E731 - one for two states
     absmax: Bytes = lambda each: _absmax(each, choice)  # noqa: E731 - one for two states
