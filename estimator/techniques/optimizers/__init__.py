@@ -42,10 +42,6 @@ REFUSED: Final[dict[str, str]] = {
     "adamw_torch_xla": "it runs on XLA devices only; use 'adamw_torch_fused'",
     "adamw_torch_npu_fused": "it runs on NPUs only; use 'adamw_torch_fused'",
     "adamw_anyprecision": "torchdistx is no longer released; use 'adamw' with bf16 weights",
-    "galore_adamw_8bit": "no source has been followed yet; use 'adamw_8bit' or method 'lora'",
-    "galore_adafactor": "no source has been followed yet; use 'adafactor'",
-    "galore_adamw_8bit_layerwise": "no source has been followed yet; use in_backward",
-    "galore_adafactor_layerwise": "no source has been followed yet; use in_backward",
     "sophia": "its estimate of the Hessian needs a second backward pass, which is not described "
     "yet; 'adamw' has states of the same size",
     "scalable_shampoo": "its preconditioners are in blocks, and its iteration stops by values; use "
