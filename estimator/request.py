@@ -25,6 +25,7 @@ from estimator.techniques.fp8_backends.torchao import Torchao
 from estimator.techniques.fp8_backends.transformer_engine import TransformerEngine
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.adalora import AdaLora
+from estimator.techniques.methods.badam import Badam
 from estimator.techniques.methods.boft import Boft
 from estimator.techniques.methods.fourierft import FourierFt
 from estimator.techniques.methods.full import Full
@@ -90,6 +91,7 @@ Method = (
     | TrainableTokens
     | Mezo
     | Lisa
+    | Badam
 )
 METHODS: Final[tuple[type[AnyMethod], ...]] = get_args(Method)
 
@@ -258,8 +260,7 @@ METHOD_ALIASES: Final[dict[str, Alias]] = {
 
 # Methods of the literature that have no sourced answer here yet, and what is near to each.
 UNANSWERED_METHODS: Final[dict[str, str]] = {
-    "badam": "method 'partial' with last_layers 1 holds what one of its blocks does, but for the "
-    "fp32 copy of the block",
+    "badam_ratio": "method 'badam' is its layer mode; the ratio mode has sparse gradients",
     "adaption_prompt": "method 'llama_adapter' with software 'litgpt' is the same idea in another "
     "code",
     "vblora": "method 'vera' shares matrices too",

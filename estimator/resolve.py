@@ -153,9 +153,6 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
     )
 
 
-# Compared where another part of the model is trained every few steps.
-_TAKING_TURNS: Final = ("adamw", "adam", "sgd", "adafactor", "adamw_8bit", "paged_adamw_8bit")
-
 _ANY_OPTIMIZER: Final = ("name", "implementation", "in_backward")
 
 
@@ -215,13 +212,15 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
             request.precision in OPTIMIZERS[optimizer.name].not_with
         ),
         f"optimizer {optimizer.name!r} with method {request.method.name!r}": (
-            request.method.takes_turns and optimizer.name not in _TAKING_TURNS
+            request.method.optimizers is not None
+            and optimizer.name not in request.method.optimizers
         ),
         f"an optimizer in backward with method {request.method.name!r}": (
             request.method.takes_turns and optimizer.in_backward
         ),
         f"precision {request.precision!r} with method {request.method.name!r}": (
-            request.method.takes_turns and request.precision in ("master_bf16", "megatron_bf16")
+            request.method.precisions is not None
+            and request.precision not in request.method.precisions
         ),
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1

@@ -19,6 +19,7 @@ class OptimizerChoice(Struct, frozen=True):
         implementation: the one that was named, or the optimizer's default.
         master_weights: it updates fp32 copies of the weights.
         in_backward: parameters are updated while backward runs, and gradients dropped.
+        of_blocks: the weights that it updates take turns, and are one group.
         main_gradients: gradients are added up in fp32 tensors that are there all the time.
     """
 
@@ -27,6 +28,7 @@ class OptimizerChoice(Struct, frozen=True):
     master_weights: bool
     in_backward: bool = False
     main_gradients: bool = False
+    of_blocks: bool = False
 
     @property
     def name(self) -> str:

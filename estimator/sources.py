@@ -471,6 +471,11 @@ SOURCES: Final[dict[str, Source]] = {
         "LLaMA-Factory at commit 01d87b8267b9, freeze tuning",
         "https://github.com/hiyouga/LLaMA-Factory/blob/01d87b8267b9/src/llamafactory",
     ),
+    "badam": Source(
+        "code",
+        "badam 1.4, BAdam",
+        "https://github.com/Ledzy/BAdam/blob/main/src/badam",
+    ),
     "lmflow": Source(
         "code",
         "LMFlow at commit f3597dba134e, LISA",

@@ -91,6 +91,13 @@ def _lisa(model: Any, request: EstimateRequest) -> Any:
     return model
 
 
+def _badam(model: Any, _: EstimateRequest) -> Any:
+    """Freeze everything but the first layer; BAdam does so itself when the optimizer is built."""
+    model.requires_grad_(False)
+    model.get_submodule(stack.layers_path(model))[0].requires_grad_(True)
+    return model
+
+
 def _bottleneck(model: Any, request: EstimateRequest) -> Any:
     """Freeze the model and put the adapters library's bottlenecks into its layers."""
     from profiler import bottleneck
@@ -113,6 +120,7 @@ Builder = Callable[[Any, EstimateRequest], Any]
 BUILDERS: Final[dict[str, Builder]] = {
     "partial": _partial,
     "lisa": _lisa,
+    "badam": _badam,
     "houlsby_adapter": _bottleneck,
     "pfeiffer_adapter": _bottleneck,
     "loreft": _loreft,

@@ -13,6 +13,7 @@ from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
 from profiler import low_rank, lowmem, small_libraries, together
+from profiler.badam import Blocks
 from profiler.unroll import Shortening
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def build(model: Any, request: EstimateRequest) -> Any:
     groups = parameter_groups(model) if ratio is None else _loraplus_groups(model, ratio)
     if asked.name in ("lomo", "adalomo"):
         return build_one(model, groups, asked)
+    if request.method.name == "badam":
+        library = _library("badam.block_optim", "badam", asked)
+        return Blocks(library, model, build_one(model, groups, asked))
     if asked.in_backward:
         return InBackward(groups, lambda alone: build_one(model, alone, asked))
     if request.precision == "master_bf16":

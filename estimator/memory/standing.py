@@ -220,7 +220,14 @@ def step_gradients(run: Run) -> list[Entry]:
         return []
     if not run.optimizer.master_weights:
         return [] if run.accumulates else _gradients(run)
-    return [_main_gradient(each, each.count, half=False) for each in trained_tensors(run)]
+    copied = [_main_gradient(each, each.count, half=False) for each in trained_tensors(run)]
+    return [*copied, *_no_longer_standing(run)]
+
+
+def _no_longer_standing(run: Run) -> Iterator[Entry]:
+    """Yield the gradients of several micro-batches that a copy in fp32 replaces, counted off."""
+    if run.accumulates:
+        yield from (Entry(each.row, -each.count) for each in _gradients(run))
 
 
 def _spent(run: Run) -> Iterator[Entry]:
@@ -252,21 +259,20 @@ def _main_gradient(each: Trained, count: int, *, half: bool) -> Entry:
 def _last_copy(run: Run) -> tuple[Entry, ...]:
     """Return the gradients when that of the last matrix is copied to fp32: it is there twice.
 
-    Nothing is copied with main gradients of Megatron's kind, or where a weight is fp32 itself; the
-    gradients of several micro-batches stand among the entries that are always there.
+    Nothing is copied with main gradients of Megatron's kind, or where a weight is fp32 itself.
     Matrices come first, as in the Trainer's groups, so that vectors have not been copied yet.
 
     Source: megatron-optimizer, _copy_model_grads_to_main_grads.
     """
     copies = run.optimizer.master_weights and not run.optimizer.main_gradients
     trainable = [weight for _, weight, _ in run.spec.tensors() if weight.trainable]
-    if not copies or run.accumulates or not all(each.dtype.is_half for each in trainable):
+    if not copies or not all(each.dtype.is_half for each in trainable):
         return ()
     tensors = trained_tensors(run)
     entries = [_main_gradient(each, each.count, half=not each.rows) for each in tensors]
     matrices = [each for each in tensors if each.rows]
     entries += [_main_gradient(each, 1, half=True) for each in matrices[-1:]]
-    return tuple(entries)
+    return (*entries, *_no_longer_standing(run))
 
 
 def _bytes(entries: Iterable[Entry]) -> int:
@@ -304,4 +310,14 @@ def step_temporaries(run: Run) -> tuple[int, ...]:
     # When the optimizer is done, an average is made anew of two products for each weight.
     largest = max((size for _, size, _ in importance_sizes(run)), default=0)
     averaging = (largest,) * 3 if largest else ()
-    return max(update, averaging, key=sum)
+    return max(update, averaging, _copied_back(run), key=sum)
+
+
+def _copied_back(run: Run) -> tuple[int, ...]:
+    """Return the half copy that BAdam makes of an fp32 one before it is written back [bytes].
+
+    Source: badam, block_optim.py, BlockOptimizer._update_param.
+    """
+    if not run.optimizer.of_blocks:
+        return ()
+    return (max(each.elements for each in trained_tensors(run)) * DType.BFLOAT16.width,)

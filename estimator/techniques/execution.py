@@ -108,6 +108,7 @@ class Training(Struct, frozen=True):
             self.optimizer,
             master_weights=run.optimizer.master_weights,
             main_gradients=run.optimizer.main_gradients,
+            of_blocks=run.optimizer.of_blocks,
         )
         spec, note = run.spec, OPTIMIZERS[optimizer.name].note
         if note:

@@ -28,6 +28,7 @@ class Method(Kind, frozen=True):
             all of them.
         peft: name of PEFT's configuration class, if PEFT runs the method.
         takes_turns: every few steps another part of the model is trained.
+        optimizers, precisions: names of those that it was compared with; None for all of them.
         without_backward: its step evaluates the loss only.
         source: the paper or the upstream line.
     """
@@ -37,6 +38,8 @@ class Method(Kind, frozen=True):
     quantizations: ClassVar[frozenset[str] | None] = FOUR_BIT
     peft: ClassVar[str | None] = None
     takes_turns: ClassVar[bool] = False
+    optimizers: ClassVar[frozenset[str] | None] = None
+    precisions: ClassVar[frozenset[str] | None] = None
     without_backward: ClassVar[bool] = False
     source: ClassVar[Cite]
 

@@ -58,7 +58,7 @@ class Precision(Struct, frozen=True):
 
         optimizer = replace(
             run.optimizer,
-            master_weights=regime.master_weights,
+            master_weights=regime.master_weights or run.optimizer.of_blocks,
             main_gradients=regime.main_gradients,
         )
         return replace(

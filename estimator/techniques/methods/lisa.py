@@ -36,6 +36,12 @@ class Lisa(Method, frozen=True, tag="lisa"):
 
     trains_base: ClassVar[bool] = True
     takes_turns: ClassVar[bool] = True
+    optimizers: ClassVar[frozenset[str] | None] = frozenset(
+        {"adamw", "adam", "sgd", "adafactor", "adamw_8bit", "paged_adamw_8bit"}
+    )
+    precisions: ClassVar[frozenset[str] | None] = frozenset(
+        {"fp32", "bf16", "fp16", "amp_bf16", "amp_fp16"}
+    )
     source: ClassVar[Cite] = Cite(
         "lmflow",
         "pipeline/utils/lisa_trainer.py, DynamicLayerActivationCallback.switch_active_layers",

@@ -79,7 +79,7 @@ def spent_gradients(choice: OptimizerChoice, tensors: tuple[Trained, ...]) -> di
 
 def _step(choice: OptimizerChoice, tensors: tuple[Trained, ...]) -> Step:
     row = OPTIMIZERS[choice.name]
-    groups = (tensors,) if row.groups_itself else trainer_groups(tensors)
+    groups = (tensors,) if row.groups_itself or choice.of_blocks else trainer_groups(tensors)
     return worst_moment(row.updates[choice.implementation], groups, choice)
 
 

@@ -102,7 +102,6 @@ def test_what_the_model_has_not_is_refused_by_name(knobs, said):
 @pytest.mark.parametrize(
     ("field", "name"),
     [
-        ("method", "badam"),
         ("method", "adaption_prompt"),
         ("quantization", "int4"),
         ("quantization", "fp8"),
