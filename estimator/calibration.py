@@ -93,6 +93,23 @@ NEEDED: Final = Spread(
 )  # fmt: skip
 
 
+COMPILED: Final = Spread(
+    0.95, 1.0, 1.0,
+    Assumption(
+        "a compiled step is taken to need at least 95 % of what the partitioner and the fusions of "
+        "torch 2.13 leave, and at most what they leave or what the eager step needs, whichever is "
+        "more: dynamo runs the eager step where it has compiled too many shapes, and what an "
+        "autotuned or padded product takes is not known before it is tried on the card"
+    ),
+)  # fmt: skip
+
+
+def compiled_range(compiled: Range, eager: Range) -> Range:
+    """Return the range of a compiled run, whose high end is never below the eager run's."""
+    low = min(compiled.low, round(compiled.expected * COMPILED.low))
+    return Range(low, compiled.expected, max(compiled.high, eager.high))
+
+
 def allocated_range(expected: int) -> Range:
     """Return the range of `max_memory_allocated` around its expected value."""
     return _around(expected, ALLOCATED)

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from estimator import __version__
 from estimator.breakdown import Highest, View, assumptions, outside
 from estimator.calibration import (
+    COMPILED,
     HANDLES,
     DeviceConstants,
     allocated_range,
+    compiled_range,
     device_constants,
     device_used_range,
     needed_range,
@@ -56,10 +58,19 @@ class Reading(Struct, frozen=True):
     Args:
         moment: the highest moment.
         allocated: its bytes in whole blocks, each of the size that a fresh segment would give.
+        eager: what the same run needs uncompiled, in blocks; None where nothing is compiled.
     """
 
     moment: Moment
     allocated: int
+    eager: int | None = None
+
+    def needed(self, constants: DeviceConstants) -> Range:
+        """Return the least device memory with which the run does not run out."""
+        needed = needed_range(self.allocated, constants)
+        if self.eager is None:
+            return needed
+        return compiled_range(needed, needed_range(self.eager, constants))
 
 
 class Engine:
@@ -101,6 +112,8 @@ class Engine:
         )
         self._traces = traces
         self._steps: dict[Regime, Step] = {}
+        # The same run uncompiled, which dynamo may fall back to.
+        self.eager: Engine | None = None
         self._replayed: tuple[tuple[int, int, int, int | None], Blocks] | None = None
 
     def step(self, micro_batch_size: int, seq_len: int) -> Step:
@@ -139,13 +152,17 @@ class Engine:
         """Return the peak at one micro-batch and length on one kind of device."""
         at = powers(*self.numbers(micro_batch_size, seq_len))
         top = self.step(micro_batch_size, seq_len).top(at)
-        return Reading(top, rounded_bytes(top, at) + self.handles * constants.cublas_workspace)
+        allocated = rounded_bytes(top, at) + self.handles * constants.cublas_workspace
+        if self.eager is None:
+            return Reading(top, allocated)
+        return Reading(
+            top, allocated, self.eager.read(micro_batch_size, seq_len, constants).allocated
+        )
 
     def verdict(self, micro_batch_size: int, seq_len: int, device: Device) -> Verdict:
         """Return whether one micro-batch and length fits on a device."""
         reading = self.read(micro_batch_size, seq_len, device.constants)
-        needed = needed_range(reading.allocated, device.constants)
-        return judge(needed, device.capacity.usable_bytes)
+        return judge(reading.needed(device.constants), device.capacity.usable_bytes)
 
     def blocks(self, micro_batch_size: int, seq_len: int, device: Device) -> Blocks:
         """Replay the run through the caching allocator; the latest replay is kept."""
@@ -250,7 +267,16 @@ def _engine(asked: _Asked) -> Engine:
     run = resolve(asked.request, asked.config, asked.name)
     # An optimizer in backward is a part of what is traced.
     key = asked.key if run.optimizer.in_backward else asked.key[:-1]
-    return Engine(run, _traces(_Asked(asked.request, asked.config, asked.name, key)))
+    engine = Engine(run, _traces(_Asked(asked.request, asked.config, asked.name, key)))
+    if run.settings.compiled:
+        engine.eager = engine_for(_uncompiled(asked.request), asked.config, asked.name)
+    return engine
+
+
+def _uncompiled(request: EstimateRequest) -> EstimateRequest:
+    """Return the same request for the eager step."""
+    kernels = tuple(each for each in request.kernels if each != "compile")
+    return structs.replace(request, kernels=kernels)
 
 
 @lru_cache(maxsize=128)
@@ -275,7 +301,7 @@ def answer(
     b, s = request.micro_batch_size, request.seq_len
     numbers = engine.numbers(b, s)
     at = powers(*numbers)
-    needed = needed_range(engine.read(b, s, device.constants).allocated, device.constants)
+    needed = engine.read(b, s, device.constants).needed(device.constants)
     replayed = engine.blocks(b, s, device)
     highest = tuple(
         Highest(moment, replayed.rounding.get(moment.name, 0))
@@ -285,6 +311,12 @@ def answer(
     peak = max(highest, key=view.allocated)
     allocated = allocated_range(view.allocated(peak))
     reserved = reserved_range(max(replayed.reserved, allocated.expected))
+    reasons = assumptions(peak.moment, device.constants)
+    if engine.eager is not None:
+        eager = answer(_uncompiled(request), config, name, gpu).peak
+        allocated = compiled_range(allocated, eager.allocated_bytes)
+        reserved = compiled_range(reserved, eager.reserved_bytes)
+        reasons = (COMPILED.reason.reason, *reasons)
     pinned = engine.step(b, s).pinned_bytes(at)
     spec = engine.run.spec
     total = spec.total_parameters()
@@ -312,7 +344,7 @@ def answer(
         limits=Limits(None, None, None, None),
         suggestions=(),
         request=request.to_dict(),
-        assumptions=assumptions(peak.moment, device.constants),
+        assumptions=reasons,
         notes=(*spec.notes, *_defaults(request)),
         not_modelled=(*NOT_MODELLED, *software.not_modelled),
         versions={"vramplan": __version__, "modelled stack": MODELLED_STACK},

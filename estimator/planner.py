@@ -7,10 +7,9 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
-from estimator.calibration import needed_range
 from estimator.catalog import Gpu, gpus
 from estimator.errors import EstimatorError
-from estimator.pipeline import Device, Engine, device_of, engine_for
+from estimator.pipeline import Device, Engine, Reading, device_of, engine_for
 from estimator.request import (
     MAX_MICRO_BATCH_SIZE,
     MAX_SEQ_LEN,
@@ -50,7 +49,7 @@ def needs(question: Question, request: EstimateRequest) -> Needs | None:
         reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
     except EstimatorError:
         return None
-    needed = needed_range(reading.allocated, device.constants)
+    needed = reading.needed(device.constants)
     return Needs(needed.expected, reading.moment.name, judge(needed, device.capacity.usable_bytes))
 
 
@@ -105,13 +104,13 @@ def _smallest_gpu(engine: Engine, request: EstimateRequest) -> str | None:
     Laptop cards are left out, and so are cards without the kernels that the request asks for.
     """
     b, s = request.micro_batch_size, request.seq_len
-    readings: dict[int, int] = {}
+    readings: dict[int, Reading] = {}
     for gpu in _candidates(request):
         constants = device_of(gpu, request).constants
         workspace = constants.cublas_workspace
         if workspace not in readings:
-            readings[workspace] = engine.read(b, s, constants).allocated
-        needed = needed_range(readings[workspace], constants)
+            readings[workspace] = engine.read(b, s, constants)
+        needed = readings[workspace].needed(constants)
         if judge(needed, gpu.usable_bytes) == "fits":
             return gpu.key
     return None

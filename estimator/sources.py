@@ -44,6 +44,21 @@ SOURCES: Final[dict[str, Source]] = {
     "torch-autograd": Source(
         "code", "PyTorch 2.13.0, the backward engine", f"{_TORCH}/torch/csrc/autograd"
     ),
+    "torch-partitioner": Source(
+        "code",
+        "PyTorch 2.13.0, the partitioner between the forward and the backward graph",
+        f"{_TORCH}/torch/_functorch/partitioners.py",
+    ),
+    "torch-aot": Source(
+        "code",
+        "PyTorch 2.13.0, AOTAutograd: the graphs of a compiled step and what runs them",
+        f"{_TORCH}/torch/_functorch/_aot_autograd",
+    ),
+    "torch-inductor": Source(
+        "code",
+        "PyTorch 2.13.0, inductor: lowering, fusion and the code around the kernels",
+        f"{_TORCH}/torch/_inductor",
+    ),
     "torch-autocast": Source(
         "code",
         "PyTorch 2.13.0, the cast policy of each operator",

@@ -32,7 +32,7 @@ def eager_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         with (
-            mock.patch.object(import_utils, "is_fake_tensor", return_value=False),
+            mock.patch.object(import_utils, "is_fake_tensor", _is_never),
             mock.patch.object(PreTrainedModel, "_flash_attn_import_error", staticmethod(accept)),
             mock.patch.object(masking_utils, "create_block_mask", flex_attention.block_mask),
             mock.patch.object(upstream, "compile_friendly_flex_attention", flex_attention.compiled),
@@ -52,3 +52,8 @@ def eager_transformers() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _is_never(_: Any) -> bool:
+    """Answer as for a tensor on a GPU; a plain function, which torch.compile can look into."""
+    return False

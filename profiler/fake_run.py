@@ -51,7 +51,7 @@ def fake_run(
         warnings.simplefilter("ignore")
         resolved = workload.model_config(config)
         patches.enter_context(kernels.restored(request, resolved.model_type))
-        if not every_layer and not _names_layers(request):
+        if not every_layer and not _names_layers(request) and not kernels.compiles(request):
             run = _from_few_layers(request, resolved, progress)
             if run is not None:
                 return run
@@ -83,7 +83,7 @@ def _run(
     traced, managed = _traced(model, request, how, progress)
     progress(0.9, "writing out all layers")
     whole = unroll(traced, how) if how else traced
-    notes = (*workload.notes(request, model), *_notes(request))
+    notes = (*workload.notes(request, model), *kernels.notes(request), *_notes(request))
     return DryRun(whole, parameters, notes, managed)
 
 
@@ -125,6 +125,7 @@ def _traced(
         FakeTensorMode(),
         cuda_semantics(capability, _kernel(request)),
         quantized.on_cuda(),
+        kernels.compiling(request),
         _refusals(),
     ):
         trained = stack.trained(model, how)
@@ -139,7 +140,8 @@ def _traced(
             ),
         )
         optimizers.announce(job.optimizer, meter)
-        with meter.watching(model, workload.sites(model)), meter:
+        hears = not kernels.compiles(request)
+        with meter.watching(model, workload.sites(model), hears=hears), meter:
             for tensor, path, operator, component in workload.standing(job):
                 meter.adopt(tensor, path, operator, component)
             which = f"{how.num_traced} of {how.num_layers} layers" if how else "all layers"

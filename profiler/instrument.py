@@ -116,6 +116,11 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         self._updating = False
         self._steady_from = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Watch what compiled code does when it runs, and not how it is compiled."""
+        return True
+
     def phase(self, name: str) -> None:
         """Begin a phase of the step."""
         self._places.layer = None
@@ -217,12 +222,15 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         return event._replace(storage=storage, layer=layer)
 
     @contextlib.contextmanager
-    def watching(self, model: torch.nn.Module, sites: dict[str, str]) -> Iterator[None]:
+    def watching(
+        self, model: torch.nn.Module, sites: dict[str, str], *, hears: bool = True
+    ) -> Iterator[None]:
         """Follow the modules of a model, and the gradients of its parameters.
 
         Args:
             model: the model, as the training step calls it.
             sites: what the modules outside the layers are called, by dotted path.
+            hears: False for compiled code, in which modules neither start nor end.
         """
         self._sites = sites
         hooks = [
@@ -231,7 +239,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
             if parameter.requires_grad
         ]
         try:
-            with self._places.watching(model):
+            with self._places.watching(model, hears=hears):
                 yield
         finally:
             for hook in hooks:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Final
 from unittest import mock
 
+from estimator.errors import MissingDependencyError
 from estimator.request import EstimateRequest
 from profiler import without_kernels
 from profiler.without_kernels import Library, OnCuda
 
-KERNELS: Final = ("liger",)
+# What is run: none, or one of these by itself.
+SETS: Final[tuple[tuple[str, ...], ...]] = ((), ("liger",), ("compile",))
 
 # What each of Liger's kernels is called where its patches are asked for it.
 _LAYERS: Final = ("rope", "rms_norm", "swiglu", "geglu")
@@ -73,4 +76,53 @@ def running(
             return backward(*args, **kwargs)
 
     with library.present(), mock.patch.object(norm, "rms_norm_backward", on_cuda):
+        yield
+
+
+def compiles(request: EstimateRequest) -> bool:
+    """Whether the model is compiled."""
+    return "compile" in request.kernels
+
+
+def notes(request: EstimateRequest) -> tuple[str, ...]:
+    """Return what a compiled dry run leaves out."""
+    if not compiles(request):
+        return ()
+    return (
+        "torch.compile: traced as compiled, with nothing tuned or padded for the card; dynamo runs "
+        "the eager step, which may need more, where it has compiled too many shapes",
+    )
+
+
+def compile_model(
+    model: Any,
+    request: EstimateRequest,
+    compute_capability: tuple[int, int],
+    multiprocessors: int,
+) -> None:
+    """Compile a model in place, whole, as `torch_compile=True` does.
+
+    Source: accelerate, accelerator.py, Accelerator.prepare_model: `torch.compile(model)` comes
+    last, behind autocast, unless `use_regional_compilation` is set.
+    """
+    if compiles(request):
+        if importlib.util.find_spec("triton") is None:
+            raise MissingDependencyError(
+                "the dry run of torch.compile needs 'triton', in whose language inductor writes "
+                "its kernels; run: pip install --no-deps triton"
+            )
+        from profiler import inductor
+
+        model.compile(backend=inductor.Backend(compute_capability, multiprocessors))
+
+
+@contextlib.contextmanager
+def compiling(request: EstimateRequest) -> Iterator[None]:
+    """Let what is compiled be compiled afresh, and forgotten afterwards."""
+    if not compiles(request):
+        yield
+        return
+    from profiler import inductor
+
+    with inductor.compiling():
         yield

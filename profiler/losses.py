@@ -33,6 +33,10 @@ class ModelsOwn:
         """Announce the moment at which the model's own loss function begins."""
         base = _base(model)
         loss_function = base.loss_function
+        if model._compiled_call_impl is not None:
+            # The loss is a part of the compiled graphs; nothing may break them.
+            yield
+            return
 
         def announced(*args: Any, **kwargs: Any) -> Any:
             phase(trace.LOSS_FORWARD)

@@ -48,14 +48,22 @@ class Places:
         self.layer: int | None = None
 
     @contextlib.contextmanager
-    def watching(self, model: torch.nn.Module) -> Iterator[None]:
-        """Know the modules and parameters of a model, and hear when a module starts and ends."""
+    def watching(self, model: torch.nn.Module, *, hears: bool = True) -> Iterator[None]:
+        """Know the modules and parameters of a model, and hear when a module starts and ends.
+
+        Args:
+            hears: False for compiled code, in which modules neither start nor end.
+        """
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._parameters = {id(tensor): path for path, tensor in model.named_parameters()}
-        handles = [
-            torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
-            torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
-        ]
+        handles = (
+            []
+            if not hears
+            else [
+                torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
+                torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
+            ]
+        )
         try:
             yield
         finally:

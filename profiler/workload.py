@@ -223,6 +223,7 @@ def start(
         neftune = _import("transformers.integrations.neftune")
         neftune.activate_neftune(model, request.loop.neftune_noise_alpha)
     _wrap_autocast(model, autocast_dtype(request), device)
+    kernels.compile_model(model, request, compute_capability, multiprocessors)
     return Workload(
         model=model,
         optimizer=optimizers.build(model, request),
@@ -267,7 +268,7 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         "task": (request.task, ("sft", "pretrain")),
         "attention": (request.attention, ATTENTION),
         "loss": (request.loss, tuple(losses.LOSSES)),
-        "kernels": (request.kernels, ((), kernels.KERNELS)),
+        "kernels": (request.kernels, kernels.SETS),
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
         "hardware.num_gpus": (request.hardware.num_gpus, (1,)),
         "software.framework": (request.software.framework, ("transformers", "trl")),

@@ -27,6 +27,10 @@ _EFFICIENT_REGISTER_WIDTH: Final = 128
 _MATMULS: Final = frozenset(
     {
         aten.mm.default,
+        aten.mm.out,
+        aten.addmm.out,
+        aten.bmm.out,
+        aten.baddbmm.out,
         aten.addmm.default,
         aten.bmm.default,
         aten.baddbmm.default,

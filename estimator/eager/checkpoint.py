@@ -37,8 +37,13 @@ class Checkpointing(Struct, frozen=True):
     offload: bool = False
 
 
-def checkpoint(how: Checkpointing, region: Region, *inputs: Tensor) -> Tensor:
+def checkpoint(
+    how: Checkpointing, region: Region, *inputs: Tensor, keeps_inputs: bool = True
+) -> Tensor:
     """Run a region without keeping what it saves; only its inputs stay alive.
+
+    Args:
+        keeps_inputs: False where the recomputation makes the inputs again too.
 
     Backward reruns the region up to the last tensor that was saved, when the first of them is
     wanted (non-reentrant checkpointing with early stop).
@@ -49,7 +54,7 @@ def checkpoint(how: Checkpointing, region: Region, *inputs: Tensor) -> Tensor:
         return _reentrant(how, region, *inputs)
     tape = inputs[0].tape
     outer = tape.frame, tape.products
-    frame = _Frame(region, inputs, how)
+    frame = _Frame(region, inputs, how, keeps_inputs)
     tape.frame, tape.products = frame, frame.products
     try:
         return region(*inputs)
@@ -60,11 +65,14 @@ def checkpoint(how: Checkpointing, region: Region, *inputs: Tensor) -> Tensor:
 class _Frame:
     """One checkpointed region: its inputs, and holders of what it would have saved."""
 
-    def __init__(self, region: Region, inputs: tuple[Tensor, ...], how: Checkpointing) -> None:
+    def __init__(
+        self, region: Region, inputs: tuple[Tensor, ...], how: Checkpointing, keeps_inputs: bool
+    ) -> None:
         tape = inputs[0].tape
+        kept = _Kept if keeps_inputs else _Again
         self.region = region
         self.tape = tape
-        self.inputs = tuple(OnHost(tape, each) if how.offload else _Kept(each) for each in inputs)
+        self.inputs = tuple(OnHost(tape, each) if how.offload else kept(each) for each in inputs)
         self.wanted = tuple(each.requires_grad for each in inputs)
         self.prefix = tape.prefix
         self.autocast_enabled = tape.autocast_enabled
@@ -115,6 +123,18 @@ class _Kept(Packed):
 
     def unpack(self) -> Tensor:
         return self.tensor
+
+
+class _Again(Packed):
+    """An input of a region that is made again."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.storage is not None
+        self.tape, self.shape, self.dtype = tensor.tape, tensor.shape, tensor.dtype
+        self.kind = tensor.storage.kind
+
+    def unpack(self) -> Tensor:
+        return Tensor(self.tape, self.shape, self.dtype, Storage(self.tape, self.kind))
 
 
 class _Recorder:

@@ -178,5 +178,7 @@ def _accumulate(tape: Tape, param: Param, buffer: list[Tensor | None]) -> None:
         gradient = [tape.new(f"{param.name}.grad", shape, dtype, ENGINE, "gradients")]
     if tape.update is not None and param.held is None:
         tape.update.accumulate(tape, param, gradient)
+    elif tape.gathers_gradients and param.held is None:
+        tape.results.append(gradient.pop())
     elif not tape.grads_exist or param.held is not None:
         tape.grads[param] = gradient.pop()

@@ -75,7 +75,7 @@ def autocast_weight(tape: Tape, weight: Param, *, caches: bool = True) -> Operan
         return (node.new_grad(0),)
 
     tape.record("weight cast", (weight,), (), rule, out)
-    if caches and weight.requires_grad and weight.dtype is F32:
+    if caches and tape.caches_casts and weight.requires_grad and weight.dtype is F32:
         tape.cast_cache[weight] = out
     return out
 

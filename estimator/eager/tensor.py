@@ -254,6 +254,8 @@ class Tape:
         self.autocast = autocast
         self.autocast_enabled = False
         self.cast_cache: dict[Param, Tensor] = {}
+        # False for a compiled graph: autocast keeps no casts while it is traced.
+        self.caches_casts = True
         self.frame: Any = None
         self.products: Any = None
         self.recording = True
@@ -261,6 +263,9 @@ class Tape:
         self.grads: dict[Param, Tensor] = {}
         self.batch: list[Tensor] = []
         self.grads_exist = False
+        # A compiled backward hands out all gradients when it ends; until then they are kept here.
+        self.gathers_gradients = False
+        self.results: list[Tensor] = []
         # False while the model only evaluates: no graph is built, and dropout is off.
         self.trains = True
         # What the optimizer does to a parameter as soon as its gradient is there, if it does.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Union
 
 from msgspec import Struct
 
-from estimator.eager import ops
+from estimator.eager import compiled, ops
 from estimator.eager.foak import FastLoss
 from estimator.eager.size import BATCH, SEQ, Dim
 from estimator.eager.tensor import Tensor, view
@@ -55,12 +55,29 @@ class Loss(Struct, frozen=True):
         return ops.nll_loss(ops.log_softmax(flat), labels)
 
 
+class CompiledLoss(Struct, frozen=True):
+    """The loss of transformers 5 inside a compiled graph."""
+
+    def rows(self, spec: ModelSpec, tokens: int) -> None:
+        """Return None: the logits of all tokens exist at once."""
+
+    def outputs(self, logits: Tensor) -> Tensor:
+        """Return the logits that the model's outputs hold."""
+        return logits
+
+    def __call__(self, logits: Tensor, labels: Tensor, vocab: Dim) -> Tensor:
+        """Return the loss, made by two kernels from the model's own logits."""
+        return compiled.loss(logits, labels, vocab)
+
+
 # transformers 5.23.0 and, alike, 4.49.0 to 4.57.1: loss/loss_utils.py, ForCausalLMLoss pads and
 # shifts the labels. transformers 4.46.3 and 4.48.1: the same function copies
 # `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
 # LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
-LOSSES: Final[dict[str, Loss | ChunkedLoss | FastLoss | FusedLoss | LabelSmoothing]] = {
+AnyLoss = Union[Loss, ChunkedLoss, CompiledLoss, FastLoss, FusedLoss, LabelSmoothing]
+LOSSES: Final[dict[str, AnyLoss]] = {
     "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
+    "compiled": CompiledLoss(),
     "transformers-4": Loss(upcasts_outputs=False, shifts_logits=True),
     "transformers-4.45": Loss(upcasts_outputs=True, shifts_logits=True),
     "litgpt": ChunkedLoss(),

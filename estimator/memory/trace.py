@@ -80,7 +80,7 @@ def trace(run: Run, regime: Regime) -> Trace:
     tape.drop_step()
     return Trace(
         kinds=tuple(tape.kinds),
-        sites=site_names(kinds),
+        sites=site_names(run, kinds),
         chain=chain,
         forward=tuple(tape.instants("forward")),
         backward=tuple(tape.instants("backward")),
@@ -141,12 +141,13 @@ def record_layers(run: Run, regime: Regime, pattern: tuple[int, ...]) -> Recordi
     _execute(run, tape, kinds)
     log = tape.sections()
     tape.drop_step()
-    return Recording(tuple(tape.kinds), site_names(kinds), log)
+    return Recording(tuple(tape.kinds), site_names(run, kinds), log)
 
 
-def site_names(kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
-    """Name the sites of a step through layers of these kinds."""
-    return ("embeddings", *(kind.name for kind in kinds), "final_norm", "head", "loss")
+def site_names(run: Run, kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
+    """Name the sites of a step through layers of these kinds; a compiled loss is no phase."""
+    loss = "loss, compiled" if run.settings.compiled else "loss"
+    return ("embeddings", *(kind.name for kind in kinds), "final_norm", "head", loss)
 
 
 def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, Live]:
@@ -156,11 +157,14 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
         What is alive when the model's forward pass has ended, and when backward begins.
     """
     tape.grads_exist = run.accumulates
+    tape.gathers_gradients = run.settings.compiled and run.accumulates
     tape.trains = not run.forward_only
+    tape.caches_casts = not run.settings.compiled
     tape.update = inside_backward(run)
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
     forward.checkpointing = run.checkpointing
+    forward.last_layer = len(kinds)
     second = "position_ids" if run.settings.packing else "attention_mask"
     batch = [_input(tape, name, run) for name in ("input_ids", second, "labels")]
     if run.settings.packing:
@@ -180,6 +184,7 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     tape.phase = "backward"
     if tape.trains:
         backward(loss)
+        tape.results.clear()
     if tape.update is not None:
         tape.update.finish(tape)
     outputs.held.clear()
@@ -276,6 +281,9 @@ def _forward(
         tape.enter(last + 2)
         with tape.module("loss"):
             return how(logits, batch[2], spec.vocab), _Outputs([logits], alive)
+    if run.settings.compiled:
+        # Names keep nothing in a compiled graph.
+        del hidden
     alive = dict(tape.live)
     tape.enter(last + 2)
     with tape.module("loss"):
@@ -307,7 +315,9 @@ def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor
         forward.enter(site, kind.modules)
         region = _region(forward, site, kind, given.to(kind))
         if kind.checkpointed and how is not None:
-            hidden = checkpoint(how, region, hidden)
+            # A compiled graph looks the rows of the embeddings up again.
+            looks_up_again = run.settings.compiled and site == 1
+            hidden = checkpoint(how, region, hidden, keeps_inputs=not looks_up_again)
         else:
             hidden = region(hidden)
         hidden = forward.intervene(hidden)

@@ -8,11 +8,11 @@ from typing import Final, TypeVar
 from msgspec import Struct
 
 from estimator.dtypes import DType
-from estimator.eager import attention, foak, liger, ops
+from estimator.eager import attention, compiled, foak, liger, ops
 from estimator.eager.attention import MASK, PREFIXED_MASK, Heads
 from estimator.eager.checkpoint import Checkpointing, checkpoint
 from estimator.eager.ops import F32
-from estimator.eager.size import BATCH, ONE, SECOND, SEQ, dim
+from estimator.eager.size import BATCH, ONE, SECOND, SEQ, Dim, dim
 from estimator.eager.tensor import Edge, Param, Tape, Tensor, view
 from estimator.errors import UnsupportedCombinationError, UnsupportedModelError
 from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Module, Norm, Weight
@@ -38,6 +38,7 @@ class Settings(Struct, frozen=True):
         liger: Liger's kernels run norms, rotary positions and gated MLPs.
         foak: fms-acceleration's run norms and rotary positions.
         neftune: noise is added to what the embeddings have looked up.
+        compiled: torch.compile has compiled the model as a whole.
     """
 
     attention: str = "sdpa"
@@ -48,6 +49,7 @@ class Settings(Struct, frozen=True):
     liger: bool = False
     foak: bool = False
     neftune: bool = False
+    compiled: bool = False
 
     @property
     def is_flash(self) -> bool:
@@ -100,15 +102,20 @@ class Forward:
         # A name in the layer's forward, though nobody reads them.
         self.attention_weights: Tensor | None = None
         self.input_requires_grad = False
+        # The site of the last layer, whose backward comes first.
+        self.last_layer = 0
         self.checkpointing: Checkpointing | None = None
         self._params: dict[tuple[int, str, str], Param] = {}
         self._tied: dict[str, str] = {}
+        # The last input that a compiled graph has cast for adapters, and its copy.
+        self._cast: tuple[Tensor, Tensor] | None = None
 
     # -- modules ------------------------------------------------------------------------------
 
     def enter(self, site: int, modules: Iterable[Module]) -> None:
         """Move to a site of the step, whose modules are found by name from now on."""
         self.tape.enter(site)
+        self._cast = None
         self.modules = {module.name: module for module in modules}
 
     def param(self, module: str, weight: Weight, site: int | None = None) -> Param:
@@ -145,6 +152,25 @@ class Forward:
                 return module.adapter.forward(self, module, x)
             return self.base_linear(x, module)
 
+    def cast_for_adapter(self, x: Tensor, dtype: DType, layer: str) -> Tensor:
+        """Cast an adapter's input: each layer anew, but once for all layers of a compiled graph.
+
+        Under autocast a compiled graph casts to fp32 and back in one kernel: the one that made the
+        input, or, behind attention, one that copies it.
+        """
+        if not self.settings.compiled:
+            return ops.cast(x, dtype, "input cast for the adapter")
+        if self._cast is None or self._cast[0] is not x:
+            self._cast = None
+            if self.tape.autocast is None or not self.tape.autocast_enabled:
+                copy = ops.cast(x, dtype, "input cast for the adapters")
+            elif layer == "self_attn.o_proj":
+                copy = ops.copy(x, name="input cast for the adapter and back")
+            else:
+                copy = x
+            self._cast = (x, copy)
+        return self._cast[1]
+
     def base_linear(self, x: Tensor, module: Linear, weight: ops.Operand | None = None) -> Tensor:
         """Run a linear layer without its adapter, or with another weight in place of its own."""
         if module.format is not None:
@@ -159,10 +185,19 @@ class Forward:
                     "sourced answer here yet; leave out target_parameters or the fp8 kernels"
                 )
             return module.product.forward(self, weight, vector, x, module.fan_out)
+        if self.settings.compiled:
+            return ops.linear(x, weight, vector, self._row(module))
         if not module.spelled_out:
             return ops.linear(x, weight, vector, module.fan_out)
         product = ops.linear(x, weight, None, module.fan_out, caches=False)
         return product if vector is None else ops.add(product, vector, "sum with the bias")
+
+    def _row(self, module: Linear) -> Dim:
+        """Return the width of a compiled product's rows; what is handed out has no padding."""
+        handed_out = module.name == self.spec.head.name and self.tape.autocast is None
+        if handed_out:
+            return module.fan_out
+        return compiled.padded(module.fan_out, self.tape.autocast or self.dtype)
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
         """RMSNorm as Llama writes it: statistics in fp32, the weight applied in the input's type.
@@ -174,6 +209,8 @@ class Forward:
                 return liger.rms_norm(x, self.norm_weight(name), in_place=True)
             if self.settings.foak:
                 return foak.rms_norm(x, self.norm_weight(name))
+            if self.settings.compiled:
+                return compiled.rms_norm(x, self.norm_weight(name))
             hidden = ops.cast(x, F32)
             variance = ops.mean_last(ops.power(hidden))
             hidden = ops.mul(hidden, ops.rsqrt(ops.shift(variance)), "normalized")
@@ -207,16 +244,18 @@ class Forward:
             scaled: the module multiplies what it looked up, as Gemma's does.
         """
         module = self._find(name, Embedding)
+        look_up = compiled.embedding if self.settings.compiled else ops.embedding
         with self.tape.module(name):
             table: ops.Operand = self.param(name, module.weights()[0])
             if module.rows_trained is not None:
                 table = module.rows_trained.merged(self, module)
-            out = ops.embedding(ids, table, module.width)
+            out = look_up(ids, table, module.width)
             if scaled:
                 out = ops.scale(out, "scaled rows")
             del table
         if name == self.spec.embeddings[0].name:
-            if self.input_requires_grad and not out.requires_grad:
+            # A compiled graph hands nobody the gradient of a tensor inside it.
+            if self.input_requires_grad and not out.requires_grad and not self.settings.compiled:
                 leaf = Param("inputs_embeds", out.shape, out.dtype, True)
                 leaf.held = view(out, out.shape)
                 out.edge = Edge(leaf)
@@ -253,6 +292,9 @@ class Forward:
     def add_residual(self, hidden: Tensor, residual: Tensor, adapter: str) -> Tensor:
         """Add a sublayer's output to its residual, through the adapter that this site may have."""
         module = self.modules.get(adapter)
+        if module is None and self.settings.compiled:
+            first = self.tape.site == 1 and adapter == "attention_adapters"
+            return compiled.residual(hidden, residual, again=first)
         if module is None:
             return ops.add(hidden, residual, "residual")
         joined: Tensor = module.join(self, hidden, residual)  # type: ignore[attr-defined]
@@ -277,6 +319,8 @@ class Forward:
 
         Source: hf-modeling, llama/modeling_llama.py, LlamaRotaryEmbedding.forward.
         """
+        if self.settings.compiled:
+            return
         shape = (ONE, SEQ, dim("d", width))
         source = Cite("hf-modeling", "llama/modeling_llama.py, LlamaRotaryEmbedding.forward")
         if "position_ids" not in self.names:
@@ -291,6 +335,8 @@ class Forward:
 
         Source: hf-modeling, llama/modeling_llama.py, apply_rotary_pos_emb and rotate_half.
         """
+        if self.settings.compiled:
+            return compiled.rotated(q), compiled.rotated(k)
         cos, sin = self.rotary[name]
         with self.tape.module(name):
             if self.settings.liger or self.settings.foak:
@@ -314,6 +360,10 @@ class Forward:
         """
         if self.settings.is_flash or self.settings.attention == "flex_attention":
             return
+        if self.settings.compiled:
+            if self.checkpointing is None:
+                self.masks["full"] = self._compiled_mask()
+            return
         eager = self.settings.attention == "eager"
         for kind in kinds:
             windowed = kind.sliding_window is not None
@@ -327,6 +377,9 @@ class Forward:
                 if eager:
                     mask = self.tape.new(f"{key} attention mask", shape, self.dtype, MASKING)
                 self.masks[key] = mask
+
+    def _compiled_mask(self) -> Tensor:
+        return compiled.mask(self.tape, self.tape.autocast or self.dtype)
 
     def exceeds(self, kind: LayerKind) -> bool:
         """Whether the length is beyond this kind's window."""
@@ -345,6 +398,8 @@ class Forward:
         """
         k, v = self.through_cache(kind, k, v)
         mask = self.masks.get("sliding" if kind.sliding_window is not None else "full")
+        if self.settings.compiled and mask is None:
+            mask = self._compiled_mask()
         if self.checkpointing is not None and self.checkpointing.scope == "attention":
 
             def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -392,7 +447,8 @@ class Forward:
             return attention.math_broadcast(q, k, v, mask, heads)
         if mask is not None:
             keys, values = (attention.repeat_heads(each, heads) for each in (k, v))
-            return attention.efficient(q, keys, values, mask, heads)
+            beside = self._beside_attention(q.dtype, heads)
+            return attention.efficient(q, keys, values, mask, heads, beside=beside)
         half = self.tape.autocast if self.tape.autocast_enabled else None
         if self.settings.is_flash:
             return self._flash(half or q.dtype, q, k, v, heads)
@@ -401,6 +457,17 @@ class Forward:
         if heads.groups == 1:
             return attention.efficient(q, k, v, None, heads)
         return attention.math_causal(q, k, v, heads, p)
+
+    def _beside_attention(self, dtype: DType, heads: Heads) -> compiled.Beside:
+        """Return what lives beside attention's backward: something in a compiled last layer."""
+        if not self.settings.compiled or self.checkpointing is None:
+            return ()
+        if self.tape.site != self.last_layer:
+            return ()
+        down = self._find("mlp.down_proj", Linear)
+        adapted = down.adapter is not None and self.tape.autocast is None
+        width = compiled.padded(down.fan_in, dtype)
+        return compiled.last_layer(dtype, heads, self.spec.hidden, width, F32 if adapted else dtype)
 
     def _flash(self, dtype: DType, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
         """Run the flash-attn package, which takes half precision only.
@@ -467,6 +534,10 @@ class Forward:
         gate, up, down = names
         if self.settings.liger:
             return self.linear(liger.gated(self.linear(x, gate), self.linear(x, up)), down)
+        if self.settings.compiled:
+            adapted = any(self._find(name, Linear).adapter is not None for name in (gate, up))
+            product = compiled.gated(self.linear(x, gate), self.linear(x, up), adapted=adapted)
+            return self.linear(product, down)
         # Nothing gets a name, as upstream: the activated gate dies with the product.
         return self.linear(
             ops.mul(

@@ -7,9 +7,12 @@ from typing import ClassVar, Final
 from msgspec import Struct
 from msgspec.structs import replace
 
+from estimator.dtypes import DType
+from estimator.eager.checkpoint import Checkpointing
 from estimator.errors import UnsupportedCombinationError
-from estimator.model.spec import Linear
+from estimator.model.spec import Linear, ModelSpec
 from estimator.run import Run
+from estimator.techniques.lora_adapter import LoraAdapter
 from estimator.techniques.stage import Stage, Technique
 
 
@@ -65,10 +68,98 @@ class Foak(Struct, frozen=True):
         return replace(run, loss="foak", settings=replace(run.settings, foak=True))
 
 
+class Compile(Struct, frozen=True):
+    """torch.compile of the whole model in its default mode, as the Trainer's `torch_compile`."""
+
+    stage: ClassVar[Stage] = Stage.COMPILE
+
+    def apply(self, run: Run) -> Run:
+        """Let the model and its loss run as two compiled graphs.
+
+        Raises:
+            UnsupportedCombinationError: what was never compared with the dry run.
+
+        Source: accelerate, Accelerator.prepare_model.
+        """
+        for what, described in _compiled(run).items():
+            if not described:
+                raise UnsupportedCombinationError(
+                    f"kernels 'compile' have no sourced answer with {what} here yet; leave "
+                    "'compile' out: the eager step bounds most compiled ones"
+                )
+        return replace(run, loss="compiled", settings=replace(run.settings, compiled=True))
+
+
+def _compiled(run: Run) -> dict[str, bool]:
+    """Return what a run can have beside compilation, and whether this run's is described."""
+    spec, settings, how = run.spec, run.settings, run.checkpointing
+    known = ", ".join(COMPILED_MODEL_TYPES)
+    plainly = how is None or how == Checkpointing() or how == Checkpointing(reentrant=False)
+    full, lora = _is_full(spec), _is_lora(spec)
+    linears = [each for each, _ in spec.module_counts() if isinstance(each, Linear)]
+    stored = spec.embeddings[0].dtype
+    bare = full and how is None and run.autocast is None and stored is DType.BFLOAT16
+    return {
+        f"{spec.model_type} models (known: {known})": spec.model_type in COMPILED_MODEL_TYPES,
+        "a sliding window": all(kind.sliding_window is None for kind in spec.kinds),
+        "attention other than sdpa": settings.attention == "sdpa" and settings.kernel is None,
+        "dropout of attention weights": not any(
+            kind.facts.get("attention_dropout", 0.0) for kind in spec.kinds
+        ),
+        "padding or packing": not (settings.padding or settings.packing),
+        "other kernels": not (settings.liger or settings.foak),
+        "neftune": not settings.neftune,
+        "use_cache": not settings.keeps_cache,
+        "loop.keep_outputs": not run.keeps_outputs,
+        "another loss or framework than that of transformers 5": run.loss == "transformers-5",
+        "quantization": not any(each.format for each in linears),
+        "products in 8-bit floats": not any(each.product for each in linears),
+        "methods other than full and LoRA without dropout on all linear layers": full or lora,
+        "virtual tokens": run.prompt_tokens == run.prefix_tokens == 0,
+        "a step without backward": not run.forward_only,
+        "an optimizer in backward": not run.optimizer.in_backward,
+        "gradients that stand": not (run.keeps_gradients or run.optimizer.main_gradients),
+        "master copies of the weights": not run.optimizer.master_weights,
+        "fp16": DType.FLOAT16 not in (stored, run.autocast),
+        "full fine-tuning of bf16 weights under autocast": (
+            lora or run.autocast is None or stored is DType.FLOAT32
+        ),
+        "LoRA over fp32 weights": full or stored is DType.BFLOAT16,
+        "checkpointing other than full": plainly and not run.reentrant,
+        # Python holds the outputs in a circle there, until its collector comes by.
+        "checkpointing of LoRA under autocast": full or how is None or run.autocast is None,
+        f"anything but full bf16 training of {spec.model_type} models, without checkpointing": (
+            spec.model_type == "llama" or bare
+        ),
+        "biases in llama models": spec.model_type != "llama"
+        or not any(each.bias for each in linears),
+    }
+
+
+def _is_full(spec: ModelSpec) -> bool:
+    return spec.trainable_parameters() == spec.total_parameters()
+
+
+def _is_lora(spec: ModelSpec) -> bool:
+    """Whether all that is trained is plain fp32 LoRA without dropout, on every linear layer."""
+    modules = [each for each, _ in spec.module_counts()]
+    trained = {each.name for module in modules for each in module.weights() if each.trainable}
+    adapters = [
+        each.adapter for kind in spec.kinds for each in kind.modules if isinstance(each, Linear)
+    ]
+    return trained <= {"lora_A.weight", "lora_B.weight"} and all(
+        type(each) is LoraAdapter and not each.dropout and each.dtype is DType.FLOAT32
+        for each in adapters
+    )
+
+
+# Compared with the dry run; of those behind the first only the plainest recipe.
+COMPILED_MODEL_TYPES: Final = ("llama", "qwen2", "qwen3")
+
 # monkey_patch.py of Liger, apply_liger_kernel_to_*.
 MODEL_TYPES: Final = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
 )
 ACTIVATIONS: Final = frozenset({"silu", "swish", "gelu_pytorch_tanh"})
 
-KERNELS: Final[dict[str, Technique]] = {"liger": Liger(), "foak": Foak()}
+KERNELS: Final[dict[str, Technique]] = {"liger": Liger(), "foak": Foak(), "compile": Compile()}

@@ -77,7 +77,7 @@ class LoraAdapter(Struct, frozen=True):
         autocasting = run.tape.autocast is not None and run.tape.autocast_enabled
         converts = "" if autocasting and wrapper.converts != "sum always" else wrapper.converts
         if converts:
-            x = ops.cast(x, self.weights(linear)[0].dtype, "input cast for the adapter")
+            x = run.cast_for_adapter(x, self.weights(linear)[0].dtype, linear.name)
         result = self.added(run, linear, x, result, converts)
         return ops.cast(result, out_dtype, "sum cast back") if "sum" in converts else result
 

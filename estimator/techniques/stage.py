@@ -17,6 +17,7 @@ class Stage(IntEnum):
     HEAD = 4
     TRAIN = 5
     CHECKPOINT = 6
+    COMPILE = 7
 
 
 class Technique(Protocol):

@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 from tests.conformance.grids import (
     bases,
+    compiled,
     execution,
     fp8,
     loop,
@@ -36,6 +37,7 @@ class Grid(Protocol):
 
 GRIDS: Final[tuple[Grid, ...]] = (
     bases,
+    compiled,
     execution,
     fp8,
     loop,

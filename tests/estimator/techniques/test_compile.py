@@ -1,0 +1,132 @@
+"""Compiled models: what is kept, how wide the answer is, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from estimator.errors import UnsupportedCombinationError
+from estimator.pipeline import answer
+from estimator.request import parse_request
+from estimator.result import Result
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 32_000,
+    "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+COMPILED: dict[str, Any] = {
+    "kernels": ["compile"], "micro_batch_size": 3, "seq_len": 1000, "optimizer": "adamw_torch",
+}  # fmt: skip
+LORA: dict[str, Any] = {"method": {"name": "lora", "r": 12}}
+
+
+def _answer(config: dict[str, Any] = LLAMA, **recipe: Any) -> Result:
+    request = parse_request({"model": {"config": config}, **COMPILED, **recipe})
+    return answer(request, config, "model", None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dry_run"),
+    [
+        ({}, 1_507_799_940),
+        ({"precision": "amp_bf16"}, 2_273_991_556),
+        ({"activation_checkpointing": "full"}, 1_213_909_164),
+        ({"gradient_accumulation_steps": 2}, 1_706_591_432),
+        (LORA, 1_233_352_996),
+        ({**LORA, "autocast": "bf16"}, 1_127_091_940),
+        ({**LORA, "activation_checkpointing": "full"}, 818_250_220),
+    ],
+    ids=["full", "amp", "checkpointed", "accumulation", "lora", "lora autocast", "lora checkp."],
+)
+def test_the_tensors_of_the_peak_are_those_of_the_code_that_inductor_writes(recipe, dry_run):
+    # Dry run with torch 2.13.0 and transformers 5.23.0; requested bytes, without block rounding.
+    found = _answer(**recipe)
+    rounding = sum(
+        row.bytes for part in found.breakdown for row in part.rows
+        if row.name == "allocator rounding"
+    )  # fmt: skip
+    expected = found.peak.allocated_bytes.expected - rounding
+    assert expected == pytest.approx(dry_run, rel=2e-4)
+
+
+def test_the_high_end_is_never_below_the_eager_step():
+    compiled, eager = _answer(), _answer(kernels=[])
+    for quantity in ("allocated_bytes", "reserved_bytes", "device_used_bytes", "needed_bytes"):
+        narrow, wide = getattr(eager.peak, quantity), getattr(compiled.peak, quantity)
+        assert wide.low <= wide.expected <= wide.high
+        assert wide.high >= narrow.high
+    assert compiled.peak.needed_bytes.expected < eager.peak.needed_bytes.expected
+    assert any("eager step" in reason for reason in compiled.assumptions)
+
+
+def test_the_verdict_uses_the_high_end():
+    compiled, eager = _answer(), _answer(kernels=[])
+    between = (compiled.peak.needed_bytes.expected + eager.peak.needed_bytes.low) // 2
+    assert compiled.peak.needed_bytes.expected < between < eager.peak.needed_bytes.low
+    verdict = _answer(hardware={"memory_bytes": between}).verdict
+    assert verdict == "tight"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "named"),
+    [
+        ({"attention": "flash_attention_2"}, "attention other than sdpa"),
+        ({"padding": True}, "padding or packing"),
+        ({"packing": True}, "padding or packing"),
+        ({"kernels": ["compile", "liger"]}, "other kernels"),
+        ({"loss": "cut_cross_entropy"}, "loss"),
+        ({"software": {"framework": "transformers", "version": "4"}}, "framework"),
+        ({"method": {"name": "lora", "lora_dropout": 0.1}}, "LoRA without dropout"),
+        ({"method": {"name": "lora", "use_dora": True}}, "LoRA without dropout"),
+        ({"method": {"name": "ia3"}}, "LoRA without dropout"),
+        ({"method": {"name": "lora", "target_modules": ["q_proj"]}}, "all linear layers"),
+        ({"method": {"name": "lora", "adapter_dtype": "base"}}, "all linear layers"),
+        ({**LORA, "precision": "fp32"}, "LoRA over fp32 weights"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"precision": "amp_fp16"}, "fp16"),
+        ({"precision": "master_bf16"}, "master copies"),
+        ({"autocast": "bf16"}, "under autocast"),
+        ({**LORA, "quantization": {"name": "nf4"}}, "quantization"),
+        ({"activation_checkpointing": "selective_op"}, "checkpointing other than full"),
+        ({"activation_checkpointing": "every_2"}, "checkpointing other than full"),
+        (
+            {**LORA, "autocast": "bf16", "activation_checkpointing": "full"},
+            "checkpointing of LoRA under autocast",
+        ),
+        ({"optimizer": {"name": "adamw", "in_backward": True}}, "optimizer in backward"),
+        ({"loop": {"set_to_none": False}}, "gradients that stand"),
+    ],
+)
+def test_what_was_never_compared_is_refused_by_name(recipe, named):
+    with pytest.raises(UnsupportedCombinationError, match=named):
+        _answer(**recipe)
+
+
+def test_a_family_is_answered_as_far_as_it_was_compared():
+    qwen3 = {**LLAMA, "model_type": "qwen3", "head_dim": 128}
+    found = _answer(qwen3)
+    # Dry run, as above; allocated bytes.
+    assert found.peak.allocated_bytes.expected == pytest.approx(1_690_143_744, rel=5e-3)
+    with pytest.raises(UnsupportedCombinationError, match="full bf16 training of qwen3"):
+        _answer(qwen3, precision="amp_bf16")
+
+
+def test_other_families_are_refused_by_name():
+    gpt2 = {
+        "model_type": "gpt2",
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 500,
+        "n_positions": 128,
+    }
+    with pytest.raises(UnsupportedCombinationError, match=r"gpt2 models .*llama"):
+        _answer(gpt2, seq_len=100)
+
+
+@pytest.mark.parametrize("mode", ["compile_max_autotune", "compile_reduce_overhead"])
+def test_other_modes_are_refused_by_name(mode):
+    with pytest.raises(UnsupportedCombinationError, match=mode):
+        _answer(kernels=[mode])
