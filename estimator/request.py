@@ -25,6 +25,7 @@ from estimator.techniques.fp8_backends.torchao import Torchao
 from estimator.techniques.fp8_backends.transformer_engine import TransformerEngine
 from estimator.techniques.method import Method as AnyMethod
 from estimator.techniques.methods.adalora import AdaLora
+from estimator.techniques.methods.adaption_prompt import AdaptionPromptTuning
 from estimator.techniques.methods.badam import Badam
 from estimator.techniques.methods.boft import Boft
 from estimator.techniques.methods.fourierft import FourierFt
@@ -89,6 +90,7 @@ Method = (
     | Vera
     | AdaLora
     | TrainableTokens
+    | AdaptionPromptTuning
     | Mezo
     | Lisa
     | Badam
@@ -261,8 +263,6 @@ METHOD_ALIASES: Final[dict[str, Alias]] = {
 # Methods of the literature that have no sourced answer here yet, and what is near to each.
 UNANSWERED_METHODS: Final[dict[str, str]] = {
     "badam_ratio": "method 'badam' is its layer mode; the ratio mode has sparse gradients",
-    "adaption_prompt": "method 'llama_adapter' with software 'litgpt' is the same idea in another "
-    "code",
     "vblora": "method 'vera' shares matrices too",
     "galore": "ask for optimizer 'galore_adamw'",
     "q_galore": "ask for optimizer 'galore_adamw_8bit'; q-galore-torch 1.0 does not run with "

@@ -158,7 +158,7 @@ def _with_peft(model: Any, method: Method) -> Any:
     if knobs.get("target_modules") == "all-linear":
         knobs["target_modules"] = quantized.unseen_linears(model) or "all-linear"
     try:
-        config = getattr(peft, method.peft)(task_type="CAUSAL_LM", **_renamed(knobs))
+        config = getattr(peft, method.peft)(task_type="CAUSAL_LM", **_renamed(knobs, model))
         with quantized.seen_by_peft(), _without_extensions():
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "float32")
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
@@ -175,11 +175,13 @@ def _with_peft(model: Any, method: Method) -> Any:
     return adapted
 
 
-def _renamed(knobs: dict[str, Any]) -> dict[str, Any]:
+def _renamed(knobs: dict[str, Any], model: Any) -> dict[str, Any]:
     """Write out a number of tokens as PEFT wants it: which ones makes no difference to memory.
 
     No modules beside parameters are an empty list: None would mean the modules of PEFT's choice.
     """
+    if "adapter_layers" in knobs and knobs["adapter_layers"] is None:
+        return {**knobs, "adapter_layers": stack.num_layers(model.config)}
     if knobs.get("target_parameters") and knobs["target_modules"] is None:
         return {**knobs, "target_modules": []}
     if "num_tokens" in knobs:

@@ -300,6 +300,14 @@ class Forward:
         joined: Tensor = module.join(self, hidden, residual)  # type: ignore[attr-defined]
         return joined
 
+    def prompted(self, kind: LayerKind, hidden: Tensor, output: Tensor) -> Tensor:
+        """Return attention's output as the learned tokens of this site, if it has any, leave it."""
+        for module in self.modules.values():
+            add = getattr(module, "prompted", None)
+            if add is not None:
+                output = add(self, kind, hidden, output)
+        return output
+
     def intervene(self, hidden: Tensor) -> Tensor:
         """Return a layer's output as the interventions of this site, if it has any, leave it."""
         for module in self.modules.values():

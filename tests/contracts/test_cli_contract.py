@@ -32,8 +32,9 @@ FROZEN_FLAGS = """
 --method-n-frequency --method-scaling --method-reduction-factor --method-non-linearity
 --method-layers --method-positions --method-share-weights --method-dropout --method-vera-dropout
 --method-save-projection --method-init-r --method-target-r --method-total-step --method-tinit
---method-tfinal --method-update-and-allocate --method-num-tokens
---method-activated-layers --method-keep-states --quantization-skip-modules
+--method-tfinal --method-update-and-allocate --method-num-tokens --method-adapter-len
+--method-adapter-layers --method-activated-layers --method-keep-states
+--quantization-skip-modules
 --quantization-quant-storage --quantization-threshold
 --quantization-bits --quantization-group-size --quantization-desc-act --quantization-kernel
 --quantization-axis

@@ -49,7 +49,7 @@ class Gpt2:
         dropout = kind.facts["dropout"]
         residual = hidden
         hidden = run.layer_norm(hidden, "ln_1")
-        attn_output = self.attention(run, kind, hidden)
+        attn_output = run.prompted(kind, hidden, self.attention(run, kind, hidden))
         hidden = run.add_residual(attn_output, residual, "attention_adapters")
         residual = hidden
         hidden = run.layer_norm(hidden, "ln_2")

@@ -29,7 +29,7 @@ class Llama:
         """
         residual = hidden
         hidden = run.rms_norm(hidden, "input_layernorm")
-        hidden = self.attention(run, kind, hidden)
+        hidden = run.prompted(kind, hidden, self.attention(run, kind, hidden))
         hidden = run.add_residual(hidden, residual, "attention_adapters")
         residual = hidden
         hidden = run.rms_norm(hidden, "post_attention_layernorm")

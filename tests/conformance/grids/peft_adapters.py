@@ -37,6 +37,9 @@ OF_GPT2: Final[Document] = {
     },
 }
 
+ADAPTION: Final[Document] = {"method": {"name": "adaption_prompt", "adapter_layers": 3}}
+ADAPTION_ALL: Final[Document] = {"method": "adaption_prompt"}
+
 RECIPES: Final[dict[str, Document]] = {
     "adalora": ADALORA,
     "adalora checkpointed": {**ADALORA, **CHECKPOINTED},
@@ -82,6 +85,14 @@ RECIPES: Final[dict[str, Document]] = {
     "lora, parameters, autocast, short": {**PARAMETERS, **SHORT, "autocast": "bf16"},
     "lora, parameters, fp32": {**PARAMETERS, "precision": "fp32"},
     "lora, parameters, biases": {**PARAMETERS, "gradient_accumulation_steps": 4},
+    "adaption prompt": ADAPTION,
+    "adaption prompt checkpointed": {**ADAPTION, **CHECKPOINTED},
+    "adaption prompt in every layer, autocast": {**ADAPTION_ALL, "autocast": "bf16"},
+    "adaption prompt in every layer, amp": {**ADAPTION_ALL, "precision": "amp_bf16"},
+    "adaption prompt of many heads, fp32": {**ADAPTION, "precision": "fp32"},
+    "adaption prompt of mistral": {**ADAPTION, **PADDED},
+    "adaption prompt of gpt2": ADAPTION,
+    "adaption prompt, short": {**ADAPTION_ALL, **SHORT, "gradient_accumulation_steps": 2},
     "lora, parameters of conv1d": {**OF_GPT2, **CHECKPOINTED},
 }  # fmt: skip
 
@@ -94,8 +105,13 @@ MODELS: Final[dict[str, str]] = {
     "trainable tokens of gpt2": "gpt2",
     "lora, parameters, biases": "qwen2",
     "lora, parameters of conv1d": "gpt2",
+    "adaption prompt of many heads, fp32": "llama-mha",
+    "adaption prompt of mistral": "mistral-window",
+    "adaption prompt of gpt2": "gpt2",
     "trainable tokens of gemma3": "gemma3",
     "lora, tokens, tied, checkpointed": "qwen2",
 }
 
-FAST: Final = frozenset({"adalora", "lora, tokens, tied, checkpointed", "lora, parameters"})
+FAST: Final = frozenset(
+    {"adalora", "lora, tokens, tied, checkpointed", "lora, parameters", "adaption prompt"}
+)

@@ -102,7 +102,7 @@ def test_what_the_model_has_not_is_refused_by_name(knobs, said):
 @pytest.mark.parametrize(
     ("field", "name"),
     [
-        ("method", "adaption_prompt"),
+        ("method", "badam_ratio"),
         ("quantization", "int4"),
         ("quantization", "fp8"),
     ],
