@@ -93,6 +93,8 @@ class Forward:
         self.rotary: dict[str, tuple[Tensor, Tensor]] = {}
         self.masks: dict[str, Tensor] = {}
         self.cache: list[Tensor] = []
+        # Outputs that a fused function has made before their layer was called, by its name.
+        self.fused: dict[str, Tensor] = {}
         # Keys and values of a prefix, by the site of their layer.
         self.prefixes: dict[int, list[Tensor]] = {}
         # Local names of the model's forward that live until it returns.

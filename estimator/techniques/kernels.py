@@ -10,8 +10,9 @@ from msgspec.structs import replace
 from estimator.dtypes import DType
 from estimator.eager.checkpoint import Checkpointing
 from estimator.errors import UnsupportedCombinationError
-from estimator.model.spec import Linear, ModelSpec
+from estimator.model.spec import Linear, ModelSpec, Module
 from estimator.run import Run
+from estimator.techniques.foak_adapter import GROUPS, FusedAdapter, refusal
 from estimator.techniques.lora_adapter import LoraAdapter
 from estimator.techniques.stage import Stage, Technique
 
@@ -43,29 +44,65 @@ class Liger(Struct, frozen=True):
 
 
 class Foak(Struct, frozen=True):
-    """fms-acceleration's kernels (FOAK): RMSNorm, rotary positions, the loss."""
+    """fms-acceleration's kernels (FOAK): RMSNorm, rotary positions, the loss, adapters."""
 
     stage: ClassVar[Stage] = Stage.KERNEL
 
     def apply(self, run: Run) -> Run:
-        """Let norms, rotary positions and the loss run them.
+        """Let norms, rotary positions and the loss run them, and adapters on quantized weights.
 
         Raises:
-            UnsupportedCombinationError: another model, another transformers, or quantized weights,
-                over which FOAK fuses the adapters too.
+            UnsupportedCombinationError: another model or another transformers.
 
         Source: fms-foak, models/mistral.py, get_mp_rules; framework_plugin_fast_kernels.py.
         """
         spec = run.spec
-        packed = any(
-            isinstance(each, Linear) and each.format is not None for each, _ in spec.module_counts()
-        )
-        if spec.model_type not in ("llama", "mistral") or run.loss != "transformers-4" or packed:
+        if spec.model_type not in ("llama", "mistral") or run.loss != "transformers-4":
             raise UnsupportedCombinationError(
-                "kernels 'foak' have a sourced answer here for llama and mistral models whose "
-                "weights are not quantized, with software transformers 4 and loss 'standard'"
+                "kernels 'foak' have a sourced answer here for llama and mistral models with "
+                "software transformers 4 and loss 'standard'"
             )
-        return replace(run, loss="foak", settings=replace(run.settings, foak=True))
+        linears = [each for each, _ in spec.module_counts() if isinstance(each, Linear)]
+        if any(each.format is not None for each in linears):
+            spec = _with_fused_adapters(spec)
+        settings = replace(run.settings, foak=True)
+        return replace(run, spec=spec, loss="foak", settings=settings)
+
+
+def _with_fused_adapters(spec: ModelSpec) -> ModelSpec:
+    """Return a model whose adapters on attention are computed by FOAK's functions.
+
+    Raises:
+        UnsupportedCombinationError: adapters elsewhere, or of another kind.
+
+    Source: fms-foak, models/utils.py, trigger_fused_ops and build_lora_fused_ops.
+    """
+    groups = {name: group for group in GROUPS for name in group}
+    adapted = {
+        each.name: refusal(each)
+        for each, _ in spec.module_counts()
+        if isinstance(each, Linear) and each.adapter is not None
+    }
+    if adapted.keys() != groups.keys():
+        raise UnsupportedCombinationError(
+            "kernels 'foak' over quantized weights have a sourced answer here for target_modules "
+            "['q_proj', 'k_proj', 'v_proj', 'o_proj'] alone"
+        )
+    reason = next((each for each in adapted.values() if each is not None), None)
+    if reason is not None:
+        raise UnsupportedCombinationError(
+            f"kernels 'foak' over quantized weights have a sourced answer here for {reason}"
+        )
+
+    def fuse(module: Module) -> Module:
+        if not isinstance(module, Linear) or module.name not in groups:
+            return module
+        plain = module.adapter
+        assert isinstance(plain, LoraAdapter)
+        fused = FusedAdapter(plain.r, plain.dropout, plain.dtype, group=groups[module.name])
+        return replace(module, adapter=fused)
+
+    return spec.map_modules(fuse)
 
 
 class Compile(Struct, frozen=True):
