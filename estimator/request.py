@@ -158,7 +158,7 @@ class Software(Section, frozen=True):
     ones. A framework named without a version means the newest that is known here.
     """
 
-    framework: Literal["transformers", "trl", "litgpt"] = "transformers"
+    framework: Literal["transformers", "trl", "litgpt", "torchtune"] = "transformers"
     version: Annotated[str, Meta(min_length=1, max_length=20)] = "5"
 
 

@@ -70,7 +70,8 @@ def _read_model(request: EstimateRequest, config: Mapping[str, Any], name: str) 
     if code is None:
         return read_spec(config, name)
     _refuse_beside_own_code(request)
-    spec: ModelSpec = import_module(code).read(config, name)
+    module, _, function = code.partition(":")
+    spec: ModelSpec = getattr(import_module(module), function or "read")(config, name)
     return spec
 
 
@@ -92,17 +93,30 @@ def _refuse_packed_training(spec: ModelSpec) -> None:
 
 def _refuse_beside_own_code(request: EstimateRequest) -> None:
     """Refuse what the framework's own model code is not described for."""
-    method = request.method
+    software, method = request.software, request.method
+    own = profile(software.framework, software.version).described
+    adapters = getattr(method, "adapter_dtype", "base")
+    packed = request.quantization
     known = {
         f"attention {request.attention!r}": request.attention == "sdpa",
-        f"precision {request.precision!r}": request.precision in ("bf16", "fp16"),
+        f"precision {request.precision!r}": request.precision in own.precisions,
         "autocast": request.autocast is None,
         "padding": not request.padding,
         "packing": not request.packing,
-        "activation checkpointing": request.activation_checkpointing == "none",
+        f"activation checkpointing {request.activation_checkpointing!r}": (
+            request.activation_checkpointing in own.checkpointing
+        ),
         f"loss {request.loss!r}": request.loss == "standard",
-        f"method {method.name!r}": method.name in ("lora", "llama_adapter", "llama_adapter_v2"),
+        f"kernels {list(request.kernels)}": not request.kernels,
+        f"method {method.name!r}": method.name in own.methods,
         "use_dora": not getattr(method, "use_dora", False),
+        "modules_to_save": not getattr(method, "modules_to_save", ()),
+        f"adapter_dtype {adapters!r}": adapters in own.adapter_dtypes,
+        f"quantization {packed.name if packed else None!r}": (
+            packed is None or packed.name in own.quantizations
+        ),
+        "prepare_kbit": packed is None or not packed.prepare_kbit,
+        "loop.neftune_noise_alpha": request.loop.neftune_noise_alpha is None,
     }
     for what, described in known.items():
         if not described:

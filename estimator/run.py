@@ -48,6 +48,7 @@ class Run(Struct, frozen=True):
         keeps_outputs: the loop holds the model's outputs until backward has ended.
         keeps_gradients: gradients are set to zero after a step and not freed.
         input_requires_grad: the embeddings' output is made to want a gradient.
+        asks_inputs: layers that are checkpointed make the embeddings' output want a gradient.
         loss: which version of the standard loss runs.
         prompt_tokens: virtual tokens that are put before the text, so that all layers see them.
         prefix_tokens: virtual tokens whose keys and values lie in the cache of every layer.
@@ -69,6 +70,7 @@ class Run(Struct, frozen=True):
     keeps_outputs: bool = False
     keeps_gradients: bool = False
     input_requires_grad: bool = False
+    asks_inputs: bool = True
     loss: str = "transformers-5"
     prompt_tokens: int = 0
     prefix_tokens: int = 0

@@ -300,6 +300,34 @@ SOURCES: Final[dict[str, Source]] = {
         "Lit-GPT of October 2023, its model and its fine-tuning scripts",
         "https://github.com/Lightning-AI/litgpt/blob/0cc02afa",
     ),
+    "torchtune": Source(
+        "code",
+        "torchtune 0.6.1, modules and recipes",
+        "https://github.com/meta-pytorch/torchtune/blob/v0.6.1/torchtune",
+    ),
+    "torchtune-0.1": Source(
+        "code",
+        "torchtune at commit 0217d44c2 of May 2024, modules and recipes",
+        "https://github.com/meta-pytorch/torchtune/blob/0217d44c2e1e372b34628767745c1f6538086a81",
+    ),
+    "torchtune-0.3": Source(
+        "code",
+        "torchtune at commit 52d1b838 of September 2024, modules and recipes",
+        "https://github.com/meta-pytorch/torchtune/blob/52d1b838c1c35b5e75fddf8776be400adc36dff5",
+    ),
+    "torchao-nf4": Source(
+        "code",
+        "torchao 0.18.0, NF4 tensors",
+        "https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/quantize_/workflows/nf4/nf4_tensor.py",
+    ),
+    "torch-softmax": Source(
+        "code", "PyTorch 2.13.0, softmax on CUDA", f"{_TORCH}/aten/src/ATen/native"
+    ),
+    "torch-layer-norm": Source(
+        "code",
+        "PyTorch 2.13.0, layer and RMS norms",
+        f"{_TORCH}/aten/src/ATen/native/layer_norm.cpp",
+    ),
     "lightning": Source(
         "code",
         "Lightning Fabric 2.1.0, precision plugins",

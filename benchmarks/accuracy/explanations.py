@@ -7,13 +7,17 @@ changes an estimate.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Final
+
+from msgspec.structs import replace
 
 from benchmarks.accuracy.comparison import Comparison
 from benchmarks.accuracy.meters import readings
 from estimator.catalog import Access
-from estimator.pipeline import engine_for
+from estimator.model.spec import Linear
+from estimator.pipeline import answer, engine_for
 from estimator.service import model_config
 from estimator.units import gib
 
@@ -116,6 +120,78 @@ def _cache(comparison: Comparison) -> str | None:
     )
 
 
+_TORCHTUNE: Final = ("torchtune-docs-tutorials", "torchtune-readme-llama2-2024")
+_CODES: Final = 16
+
+
+def _conversion_to_nf4(comparison: Comparison) -> str | None:
+    """torchao compared every value of a weight with all 16 codes at once while the model was made.
+
+    Shapes, with P values in the largest packed matrix:
+        differences, and their absolute values  [P, 16]  2 bytes each
+
+    Source: torchao before commit 6081796bc, dtypes/nf4tensor.py, quantize_tensor_nearest.
+    """
+    row, request = comparison.run.row, comparison.run.request
+    if row.source_group not in _TORCHTUNE or row.method != "qlora":
+        return None
+    model = model_config(request, Access.CATALOGUE)
+    largest = max(
+        module.weight().parameters
+        for module, _ in engine_for(request, model.config, model.id).run.spec.module_counts()
+        if isinstance(module, Linear) and module.format is not None
+    )
+    return (
+        "the meter still holds what making the model had reserved: "
+        f"2 x [P, 16] x 2 B = {gib(2 * _CODES * HALF * largest)} while the largest matrix is "
+        "converted to NF4. The tutorial prints 9.13 GB reserved before training and 9.29 GB with "
+        "it; the estimate is of training alone"
+    )
+
+
+def _shorter_batches(comparison: Comparison) -> str | None:
+    """The longest sample of the data set is an upper bound for the batches that were run."""
+    row, request = comparison.run.row, comparison.run.request
+    if row.source_group not in _TORCHTUNE or row.seq_len is not None:
+        return None
+    if comparison.estimated.expected <= comparison.measured:
+        return None
+    model = model_config(request, Access.CATALOGUE)
+
+    def reserved(length: int) -> int:
+        shorter = answer(replace(request, seq_len=length), model.config, model.id, None)
+        return shorter.peak.reserved_bytes.expected
+
+    lengths = range(1, request.seq_len)
+    length = lengths[bisect_right(lengths, comparison.measured, key=reserved) - 1]
+    return (
+        f"{request.seq_len} tokens, the longest sample, are an upper bound: a batch is padded to "
+        f"its own longest, and at {length} tokens the estimate is the reading"
+    )
+
+
+def _blocks_of_other_lengths(comparison: Comparison) -> str | None:
+    """Every batch has a length of its own, and the meter reads what the allocator holds."""
+    row, peak = comparison.run.row, comparison.run.result.peak
+    if row.source_group not in _TORCHTUNE or row.seq_len is not None:
+        return None
+    tensors = peak.allocated_bytes.expected
+    return (
+        f"blocks kept from batches of other lengths would look like this: the reading is "
+        f"{comparison.measured / tensors - 1:.0%} above what is allocated at the longest, the "
+        f"estimate takes {peak.reserved_bytes.expected / tensors - 1:.0%}. The tutorial reads "
+        "15.57 GB for the same configuration"
+    )
+
+
+def _full_card(comparison: Comparison) -> str | None:
+    """The optimizer's paged states fill what the card has left."""
+    row = comparison.run.row
+    if row.source_group not in _TORCHTUNE or not row.suspect:
+        return None
+    return "the card is full: paged states of the optimizer come and go in what it has left"
+
+
 def _left(comparison: Comparison, less: int) -> str:
     return f"{(comparison.estimated.expected - less) / comparison.measured - 1:+.2%}"
 
@@ -125,4 +201,8 @@ EXPLANATIONS: Final[tuple[Callable[[Comparison], str | None], ...]] = (
     _gradient_of_the_table,
     _unknown_card,
     _cache,
+    _full_card,
+    _conversion_to_nf4,
+    _shorter_batches,
+    _blocks_of_other_lengths,
 )

@@ -15,6 +15,8 @@ Meter = Literal["allocated", "reserved", "device used"]
 METERS: Final[dict[str, Meter]] = {
     "max_memory_allocated": "allocated",
     "max_memory_reserved": "reserved",
+    # torchtune's README says of the same table, at commit 5cbc1967b: max_memory_reserved.
+    "peak_memory (torchtune memory_stats": "reserved",
     "nvidia-smi": "device used",
     "nvml used": "device used",
     "mem_get_info_device_used": "device used",

@@ -65,7 +65,6 @@ def _method(row: Row) -> str | None:
 
 # Frameworks that train models of their own code, not those of transformers.
 OWN_MODEL_CODE: Final = {
-    "torchtune": "torchtune",
     "torchtitan": "torchtitan",
     "torchao benchmark script": "torchao",
     "unsloth": "unsloth",
@@ -90,10 +89,7 @@ def _weights(row: Row) -> str | None:
 
 
 # The beginning of a row's `loss_impl`, and what it is called here.
-OTHER_LOSSES: Final = {
-    "liger": "loss: fused linear (Liger)",
-    "chunked (CEW": "loss: chunked",
-}
+OTHER_LOSSES: Final = {"liger": "loss: fused linear (Liger)"}
 
 
 def _loss(row: Row) -> str | None:
@@ -129,6 +125,11 @@ REFUSALS: Final[tuple[Refusal, ...]] = (
 
 # -- rules by source ---------------------------------------------------------------------------
 
+# The longest sample of Alpaca with Llama 2's tokenizer, as the tables of litgpt-resource-tables
+# print it. A batch of torchtune is padded to its own longest sample, and no source says how many
+# batches were run, so the length is an upper bound.
+ALPACA_LONGEST: Final = 1304
+ALPACA: Final = ("Alpaca(-cleaned) unpacked", "Alpaca unpacked (torchtune)")
 _PACKED: Final = re.compile(r"packed \(SFTTrainer packing\), max_seq_length (\d+)")
 ATTENTION: Final = {"flash2": "flash_attention_2", "eager": "eager"}
 CHECKPOINTING: Final = {"full": "full", "none": "none"}
@@ -142,9 +143,11 @@ COPIES: Final = {
 
 
 def _length(row: Row) -> int | None:
-    """Return the length: its field, or that of the packed samples."""
+    """Return the length: its field, that of the packed samples, or that of the longest one."""
     if row.seq_len is not None:
         return row.seq_len
+    if (row.seq_mode or "").startswith(ALPACA):
+        return ALPACA_LONGEST
     packed = _PACKED.match(row.seq_mode or "")
     return int(packed[1]) if packed else None
 
@@ -332,6 +335,55 @@ def _lomo(row: Row) -> dict[str, Any]:
     }
 
 
+TORCHTUNE_NAMES: Final = {"mlp": ("w1", "w2", "w3"), "output head": ("output",)}
+TORCHTUNE_OPTIMIZERS: Final[dict[str, dict[str, Any]]] = {
+    "torch.optim.AdamW": {"name": "adamw", "implementation": "foreach"},
+    "torch.optim.AdamW fused": {"name": "adamw", "implementation": "fused"},
+    "bitsandbytes PagedAdamW": {"name": "paged_adamw_32bit"},
+    "bitsandbytes AdamW8bit": {"name": "adamw_8bit"},
+    "torchao AdamW8bit": {"name": "adamw_torch_8bit"},
+    "torchao AdamW4bit": {"name": "adamw_torch_4bit"},
+}
+# Micro-batches before a step, in the configurations for Llama 2 of April 2024; in March, one.
+TORCHTUNE_ACCUMULATION: Final = {"full": 1, "lora": 64, "qlora": 16}
+
+
+def _torchtune(row: Row) -> dict[str, Any]:
+    """torchtune's single-device recipes, with the configurations of the row's commit.
+
+    recipes/configs/llama2: bf16, AdamW of torch at its default, which is foreach, adapters of the
+    weights' own type. torchao's table was made with torchtune of September 2024, which computes
+    the loss in chunks.
+    """
+    chunked = (row.loss_impl or "").startswith("chunked")
+    optimizer = TORCHTUNE_OPTIMIZERS[row.optimizer or ""]
+    document: dict[str, Any] = {
+        "model": row.model,
+        "optimizer": {**optimizer, "in_backward": row.optimizer_in_backward},
+        "micro_batch_size": row.micro_batch_size,
+        "seq_len": _length(row),
+        "activation_checkpointing": CHECKPOINTING[row.activation_checkpointing or "none"],
+        "software": {"framework": "torchtune", "version": "0.3" if chunked else "0.1"},
+    }
+    if not row.id.startswith("tt2403"):
+        document["gradient_accumulation_steps"] = TORCHTUNE_ACCUMULATION[row.method]
+    if row.method != "full":
+        document["method"] = {
+            "name": "lora",
+            "r": row.method_detail["rank"],
+            "lora_alpha": float(row.method_detail["alpha"]),
+            "target_modules": [
+                name
+                for target in row.method_detail["target_modules"]
+                for name in TORCHTUNE_NAMES.get(target, (target,))
+            ],
+            "adapter_dtype": "base",
+        }
+    if row.method == "qlora":
+        document["quantization"] = {"name": "nf4", "prepare_kbit": False}
+    return document
+
+
 def _names(targets: str | list[str]) -> list[str]:
     return [targets] if isinstance(targets, str) else targets
 
@@ -342,4 +394,7 @@ RULES: Final[dict[str, Callable[[Row], dict[str, Any]]]] = {
     "litgpt-resource-tables": _litgpt,
     "usamec": _lowmem,
     "lomo-paper": _lomo,
+    "torchtune-docs-tutorials": _torchtune,
+    "torchtune-readme-llama2-2024": _torchtune,
+    "torchao-docs": _torchtune,
 }

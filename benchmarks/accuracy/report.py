@@ -34,8 +34,23 @@ with device memory in use. How a row becomes a request is in `benchmarks/accurac
 rule for a source. No constant of the estimator is fitted to a row.
 """
 
+_UPPER_BOUND: Final = (
+    "Lengths are those of the longest sample of Alpaca, an upper bound: a batch is padded to its\n"
+    "own longest sample, and how many batches were run is not stated. Only the row with 4 x 2048\n"
+    "tokens names its length.\n"
+)
+
 # What is known about a whole source.
 REMARKS: Final = {
+    "torchtune-docs-tutorials": (
+        f"{_UPPER_BOUND}The four LoRA rows draw their samples in one order, and meet the reading\n"
+        "at 900 to 1000 tokens, roughly.\n"
+    ),
+    "torchtune-readme-llama2-2024": _UPPER_BOUND,
+    "torchao-docs": (
+        "One epoch of Alpaca with torchtune of September 2024. Batch and checkpointing are those\n"
+        "of its configuration, and the longest sample is that of litgpt's tables.\n"
+    ),
     "ms-swift": (
         "The samples of this data set have 91 tokens up to the length given, and the meter reads\n"
         "what the allocator holds. The excess shrinks where the card is nearly full (Yi-34B), and\n"

@@ -141,6 +141,13 @@ def shift(x: Tensor, name: str = "add a number") -> Tensor:
     return out
 
 
+def shift_in_place(x: Tensor, name: str = "add a number in place") -> Tensor:
+    """`x += number`: the result is `x`'s own memory, and backward passes the gradient on."""
+    out = Tensor(x.tape, x.shape, x.dtype, x.storage, base=x.base or x)
+    x.tape.record(name, (x,), (), lambda node, grads, saved: (grads[0],), out)
+    return out
+
+
 def rsqrt(x: Tensor) -> Tensor:
     """Reciprocal root, in fp32 under autocast; saves its output.
 

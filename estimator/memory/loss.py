@@ -15,6 +15,7 @@ from estimator.memory.fused_loss import CutCrossEntropy, FusedLinear, FusedLoss
 from estimator.memory.smoothed_loss import LabelSmoothing
 from estimator.model.litgpt import ChunkedLoss
 from estimator.model.spec import ModelSpec
+from estimator.model.torchtune import EighthsLoss, OneLoss, RecipeLoss
 
 
 class Loss(Struct, frozen=True):
@@ -74,13 +75,15 @@ class CompiledLoss(Struct, frozen=True):
 # shifts the labels. transformers 4.46.3 and 4.48.1: the same function copies
 # `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
 # LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
-AnyLoss = Union[Loss, ChunkedLoss, CompiledLoss, FastLoss, FusedLoss, LabelSmoothing]
+AnyLoss = Union[Loss, ChunkedLoss, CompiledLoss, FastLoss, FusedLoss, LabelSmoothing, RecipeLoss]
 LOSSES: Final[dict[str, AnyLoss]] = {
     "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
     "compiled": CompiledLoss(),
     "transformers-4": Loss(upcasts_outputs=False, shifts_logits=True),
     "transformers-4.45": Loss(upcasts_outputs=True, shifts_logits=True),
     "litgpt": ChunkedLoss(),
+    "torchtune-0.1": OneLoss(),
+    "torchtune-0.6": EighthsLoss(),
     "foak": FastLoss(),
     "fused_linear": FusedLinear(),
     "cut_cross_entropy": CutCrossEntropy(),

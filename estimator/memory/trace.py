@@ -36,6 +36,7 @@ from estimator.memory.unroll import NotPeriodicError, shorten, unroll
 from estimator.memory.updates import inside_backward
 from estimator.model.forward import Forward, Given
 from estimator.model.spec import LayerKind
+from estimator.model.torchtune import RecipeLoss
 from estimator.run import Run
 from estimator.sources import Cite
 
@@ -166,7 +167,8 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     forward.checkpointing = run.checkpointing
     forward.last_layer = len(kinds)
     second = "position_ids" if run.settings.packing else "attention_mask"
-    batch = [_input(tape, name, run) for name in ("input_ids", second, "labels")]
+    names = ("input_ids", second, "labels") if run.spec.trainers_batch else ("input_ids", "labels")
+    batch = [_input(tape, name, run) for name in names]
     if run.settings.packing:
         forward.names["position_ids"] = batch[1]
     tape.autocast_enabled = run.autocast is not None
@@ -231,7 +233,7 @@ def _activation_dtype(run: Run) -> DType:
 def _input(tape: Tape, name: str, run: Run) -> Tensor:
     """Return one input of this micro-batch; the Trainer fetches those of a whole step at once."""
     shape = (BATCH, SECOND if run.prompt_tokens else SEQ)
-    if run.micro_batches == 1:
+    if run.micro_batches == 1 or not run.spec.trainers_batch:
         return tape.new(name, shape, DType.INT64, INPUTS, "buffers")
     of_step = tape.new(name, (dim("n", run.micro_batches), *shape), DType.INT64, INPUTS, "buffers")
     return view(of_step, shape)
@@ -265,11 +267,13 @@ def _forward(
         alive = dict(tape.live)
         tape.enter(last + 2)
         with tape.module("loss"):
-            loss = how(forward, hidden, forward.caller_names.get("labels", batch[2]))
+            loss = how(forward, hidden, forward.caller_names.get("labels", batch[-1]))
             loss = _with_term(forward, kinds, loss)
         forward.caller_names.clear()
         return loss, _Outputs([], alive)
     logits = how.outputs(family.logits(forward, hidden))
+    if isinstance(how, RecipeLoss):
+        del hidden
     if isinstance(how, LabelSmoothing):
         # The model has returned, out of autocast, before the Trainer computes this loss.
         tape.cast_cache.clear()
@@ -287,7 +291,7 @@ def _forward(
     alive = dict(tape.live)
     tape.enter(last + 2)
     with tape.module("loss"):
-        loss = how(logits, forward.caller_names.get("labels", batch[2]), spec.vocab)
+        loss = how(logits, forward.caller_names.get("labels", batch[-1]), spec.vocab)
         loss = _with_term(forward, kinds, loss)
     forward.caller_names.clear()
     held = [logits]

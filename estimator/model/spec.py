@@ -331,6 +331,8 @@ class ModelSpec(Struct, frozen=True, eq=False):
         supports_flex: whether it runs flex attention.
         attention_interface: attention is a function that transformers looks up by name.
         takes_positions: `position_ids` of the batch reach the mask and the embeddings.
+        trainers_batch: the batch is what the Trainer fetches: with a mask, and for a whole step.
+        scaled_positions: rotary positions are stretched.
         broadcasts_keys: sdpa gets one key head for all query heads, which no fused kernel takes.
         loss_term: what the method adds to the loss of the model.
     """
@@ -355,6 +357,8 @@ class ModelSpec(Struct, frozen=True, eq=False):
     broadcasts_keys: bool = False
     attention_interface: bool = True
     takes_positions: bool = True
+    trainers_batch: bool = True
+    scaled_positions: bool = False
     loss_term: LossTerm | None = None
     notes: tuple[str, ...] = ()
 

@@ -118,7 +118,7 @@ class Training(Struct, frozen=True):
             spec=spec,
             optimizer=optimizer,
             micro_batches=self.micro_batches,
-            keeps_outputs=self.keeps_outputs,
+            keeps_outputs=self.keeps_outputs or run.keeps_outputs,
             keeps_gradients=not self.set_to_none,
             limits_norm=self.max_grad_norm > 0,
             settings=replace(run.settings, keeps_cache=self.use_cache, neftune=self.neftune),
@@ -217,7 +217,9 @@ class ActivationCheckpointing(Struct, frozen=True):
         run = replace(run, checkpointing=how)
         if how.scope != "layers":
             return run
-        return replace(run, spec=_marked(run.spec, self.how.every), input_requires_grad=True)
+        return replace(
+            run, spec=_marked(run.spec, self.how.every), input_requires_grad=run.asks_inputs
+        )
 
 
 def _marked(spec: ModelSpec, every: int) -> ModelSpec:

@@ -12,6 +12,28 @@ from estimator.errors import InvalidRequestError
 from estimator.run import Run
 from estimator.techniques.litgpt import litgpt_formats
 from estimator.techniques.stage import Stage
+from estimator.techniques.torchtune import fitted, fitted_early, fitted_middle
+
+
+class Described(Struct, frozen=True):
+    """What a framework's own model code is described for; everything else is refused by name.
+
+    Args:
+        methods: names of methods.
+        precisions: words of the request's `precision`.
+        checkpointing: words of its `activation_checkpointing`.
+        quantizations: names of formats.
+        adapter_dtypes: words of the method's `adapter_dtype`.
+    """
+
+    methods: tuple[str, ...]
+    precisions: tuple[str, ...]
+    checkpointing: tuple[str, ...]
+    quantizations: tuple[str, ...]
+    adapter_dtypes: tuple[str, ...] = ("base", "float32", "bfloat16")
+
+
+_NOTHING: Final = Described((), (), (), ())
 
 
 class SoftwareProfile(Struct, frozen=True):
@@ -21,23 +43,38 @@ class SoftwareProfile(Struct, frozen=True):
         loss: the loss of `estimator/memory/loss.py` that runs.
         not_modelled: what differs too and is not accounted for.
         model_code: the module that reads a configuration, where the framework has a model of its
-            own instead of transformers'.
+            own instead of transformers', and behind a colon the function, if it is not `read`.
+        described: what that model is described for.
         formats: what the profile makes of a run whose weights have got their formats.
         reentrant: activation checkpointing is reentrant where nothing else is said.
         clips: the loop clips gradients where `max_grad_norm` says so.
+        keeps_outputs: the loop holds the logits until backward has ended.
+        asks_inputs: checkpointed layers make the embeddings' output want a gradient.
     """
 
     loss: str
     not_modelled: tuple[str, ...] = ()
     model_code: str | None = None
+    described: Described = _NOTHING
     formats: Callable[[Run], Run] | None = None
     reentrant: bool = False
     clips: bool = True
+    keeps_outputs: bool = False
+    asks_inputs: bool = True
 
 
 _OLD_ATTENTION: Final = (
     "attention code of transformers before 4.46: rotary tables made in every layer, dense masks of "
     "the eager and sdpa implementations"
+)
+
+# Its recipes refuse fp16, and make adapters of the weights' own type.
+_TORCHTUNE: Final = Described(
+    methods=("full", "lora"),
+    precisions=("bf16", "fp32"),
+    checkpointing=("none", "full"),
+    quantizations=("nf4",),
+    adapter_dtypes=("base",),
 )
 
 # transformers 4.45.2 and 4.48.1: modeling_utils.py, gradient_checkpointing_enable begins with
@@ -68,8 +105,43 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
                 "default, and other choices among the three are not told apart",
             ),
             model_code="estimator.model.litgpt",
+            described=Described(
+                methods=("lora", "llama_adapter", "llama_adapter_v2"),
+                precisions=("bf16", "fp16"),
+                checkpointing=("none",),
+                quantizations=("nf4", "fp4"),
+            ),
             formats=litgpt_formats,
             # finetune/lora.py and its neighbours: `train` has no clipping.
+            clips=False,
+        ),
+    },
+    # 0.6 is 0.6.1; 0.3 is the main branch of September 2024, 0.1 from March to May of that year.
+    "torchtune": {
+        "0.6": SoftwareProfile(
+            "torchtune-0.6",
+            ("clip_grad_norm of torchtune's configurations, which is off by default",),
+            model_code="estimator.model.torchtune",
+            described=_TORCHTUNE,
+            formats=fitted,
+            asks_inputs=False,
+            clips=False,
+        ),
+        "0.3": SoftwareProfile(
+            "torchtune-0.6",
+            model_code="estimator.model.torchtune:read_middle",
+            described=_TORCHTUNE,
+            formats=fitted_middle,
+            asks_inputs=False,
+            clips=False,
+        ),
+        "0.1": SoftwareProfile(
+            "torchtune-0.1",
+            model_code="estimator.model.torchtune:read_early",
+            described=_TORCHTUNE,
+            formats=fitted_early,
+            keeps_outputs=True,
+            asks_inputs=False,
             clips=False,
         ),
     },
@@ -98,5 +170,11 @@ class Software(Struct, frozen=True):
 
     def apply(self, run: Run) -> Run:
         """Set the loss, the formats of the framework's own layers, what checkpointing is."""
-        run = replace(run, loss=self.profile.loss, reentrant=self.profile.reentrant)
+        run = replace(
+            run,
+            loss=self.profile.loss,
+            reentrant=self.profile.reentrant,
+            keeps_outputs=self.profile.keeps_outputs,
+            asks_inputs=self.profile.asks_inputs,
+        )
         return self.profile.formats(run) if self.profile.formats is not None else run

@@ -22,6 +22,9 @@ MEDIAN_BOUNDS = {
     ("fms-main", "device used"): 0.0625,
     ("litgpt-resource-tables", "allocated"): 0.003,
     ("lomo-paper", "allocated"): 0.016,
+    ("torchao-docs", "allocated"): 0.024,
+    ("torchtune-docs-tutorials", "reserved"): 0.052,
+    ("torchtune-readme-llama2-2024", "reserved"): 0.060,
     ("usamec", "device used"): 0.069,
 }
 WORST_BOUNDS = {
@@ -29,6 +32,9 @@ WORST_BOUNDS = {
     ("fms-main", "device used"): 0.184,
     ("litgpt-resource-tables", "allocated"): 0.015,
     ("lomo-paper", "allocated"): 0.016,
+    ("torchao-docs", "allocated"): 0.043,
+    ("torchtune-docs-tutorials", "reserved"): 0.212,
+    ("torchtune-readme-llama2-2024", "reserved"): 0.212,
     ("usamec", "device used"): 0.224,
 }
 

@@ -1,0 +1,230 @@
+"""Dry runs of torchtune's own modules: `python -m benchmarks.torchtune FOLDER VERSION`.
+
+FOLDER holds the package `torchtune` of one version: an unpacked wheel or a checkout. Nothing of it
+is installed, because its dependencies do not go with ours; only its modules and builders are
+imported, and torchao's NF4 tensors under their old name. The requests of
+`data/measurements/torchtune.json` are run with the recipe's loop under the profiler's meter, and
+what they take is written back there.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from estimator.pipeline import device_of
+from estimator.request import EstimateRequest, parse_request
+from profiler import optimizers, quantized, trace
+from profiler.cuda_semantics import cuda_semantics
+from profiler.instrument import Meter
+from profiler.placement import place
+from profiler.workspaces import Workspaces
+
+RECORDS: Final = Path(__file__).parents[1] / "data" / "measurements" / "torchtune.json"
+CAPABILITY: Final = (8, 0)
+MULTIPROCESSORS: Final = 108
+CHUNKS: Final = 8
+# Packages whose own `__init__` asks for tokenizers and data sets.
+_HOLLOW: Final = ("utils", "models", "models.llama2", "models.mistral", "training", "data")
+_BUILDERS: Final = "torchtune.models.llama2._component_builders"
+_NF4: Final = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
+
+
+def main(folder: str, release: str) -> None:
+    """Run every request of one version and write down what it takes."""
+    _import_modules(Path(folder) / "torchtune")
+    document = json.loads(RECORDS.read_text(encoding="utf-8"))
+    document["versions"] = {name: version(name) for name in ("torch", "torchao")}
+    for record in document["runs"]:
+        request = parse_request(record["request"])
+        if request.software.version != release:
+            continue
+        model, reading = dry_run(request)
+        parameters = list(model.parameters())
+        record["total_parameters"] = sum(each.numel() for each in parameters)
+        record["trainable_parameters"] = sum(
+            each.numel() for each in parameters if each.requires_grad
+        )
+        record["peak"] = reading.peak.phase
+        record["requested_bytes"] = reading.peak.requested_bytes
+        record["phases"] = {each.phase: each.requested_bytes for each in reading.points}
+        print(f"{release} {record['name']}: {reading.peak.phase} {reading.peak.requested_bytes}")
+    RECORDS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def dry_run(request: EstimateRequest) -> tuple[Any, trace.Reading]:
+    """Run two steps of a request on fake tensors; return the model and what the second read."""
+    early = request.software.version == "0.1"
+    model = _built(request)
+    if not early:
+        model.set_num_output_chunks(CHUNKS)
+    if request.activation_checkpointing == "full":
+        _checkpoint_layers(model)
+    model.train()
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(), cuda_semantics(CAPABILITY):
+            warnings.simplefilter("ignore")
+            return model, _measured(request, model, early)
+    finally:
+        gc.enable()
+
+
+def _import_modules(folder: Path) -> None:
+    """Make `torchtune.modules` and the builders importable, and nothing else."""
+    for name in ("torchtune", *(f"torchtune.{each}" for each in _HOLLOW)):
+        package = types.ModuleType(name)
+        package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+        sys.modules[name] = package
+    tokenizer = types.ModuleType("sentencepiece")
+    tokenizer.__dict__["SentencePieceProcessor"] = object
+    sys.modules["sentencepiece"] = tokenizer
+    sys.modules["torchao.dtypes.nf4tensor"] = importlib.import_module(_NF4)
+    importlib.import_module(_BUILDERS)
+    del sys.modules["sentencepiece"]
+
+
+def _built(request: EstimateRequest) -> Any:
+    """Return the model on the meta device, as the recipe's configuration builds it."""
+    builders = importlib.import_module(_BUILDERS)
+    config = request.to_dict()["model"]["config"]
+    given: dict[str, Any] = {
+        "vocab_size": config["vocab_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "num_kv_heads": config["num_key_value_heads"],
+        "embed_dim": config["hidden_size"],
+        "max_seq_len": config["max_position_embeddings"],
+        "intermediate_dim": config["intermediate_size"],
+    }
+    build: Callable[..., Any] = builders.llama2
+    method: Any = request.method
+    if method.name == "lora":
+        build = builders.lora_llama2
+        targets = method.target_modules
+        given |= {
+            "lora_attn_modules": [name for name in targets if name.endswith("_proj")],
+            "apply_lora_to_mlp": "w1" in targets,
+            "apply_lora_to_output": "output" in targets,
+            "lora_rank": method.r,
+            "lora_alpha": method.lora_alpha,
+            "lora_dropout": method.lora_dropout,
+            "quantize_base": request.quantization is not None,
+        }
+    stored = torch.float32 if request.precision == "fp32" else torch.bfloat16
+    torch.set_default_dtype(stored)
+    try:
+        with torch.device("meta"):
+            model = build(**given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(method.name == "full" or "lora_" in name)
+    return model
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Follow set_activation_checkpointing of torchtune."""
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({type(model.layers[0])})
+    checkpoint_wrapper.apply_activation_checkpointing(model, auto_wrap_policy=policy)
+
+
+def _place(model: Any) -> None:
+    """Give the model fake storage; NF4 tensors part by part."""
+    nf4 = importlib.import_module(_NF4)
+    for module in model.modules():
+        for name, meta in module._parameters.items():
+            if not isinstance(meta, nf4.NF4Tensor):
+                continue
+            names, context = meta.__tensor_flatten__()
+            parts = {
+                each: torch.empty(getattr(meta, each).shape, dtype=getattr(meta, each).dtype)
+                for each in names
+            }
+            about = nf4.SubclassTensorArgs(
+                meta.shape, meta.stride(), 0, meta.dtype, torch.device("cpu"), False
+            )
+            packed = nf4.NF4Tensor.__tensor_unflatten__(
+                parts, {**context, "tensor_meta": about}, None, None
+            )
+            module._parameters[name] = torch.nn.Parameter(packed, requires_grad=False)
+    place(model, "cpu")
+
+
+def _measured(request: EstimateRequest, model: Any, early: bool) -> trace.Reading:
+    _place(model)
+    optimizer = optimizers.build(model, request)
+    workspace = device_of(None, request).constants.cublas_workspace
+    meter = Meter(layers="layers", workspaces=Workspaces(CAPABILITY, MULTIPROCESSORS, workspace))
+    optimizers.announce(optimizer, meter)
+    sites = {"tok_embeddings": "embeddings", "norm": "final_norm", "output": "head"}
+    with meter.watching(model, sites), meter:
+        for path, parameter in model.named_parameters():
+            for name, tensor in quantized.parts(parameter).items():
+                meter.adopt(tensor, f"{path}{name}", "parameter", "weights")
+        for path, buffer in model.named_buffers():
+            meter.adopt(buffer, path, "buffer", "buffers")
+        _step(request, model, optimizer, meter, early)
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if optimizers.is_on_host(optimizer, name) or optimizers.is_managed(
+                    optimizer, parameter, name
+                ):
+                    meter.drop(value)
+                else:
+                    meter.own(value, parameter, "optimizer_states")
+        meter.begin_steady_step()
+        _step(request, model, optimizer, meter, early)
+    return trace.read(meter.recorded())
+
+
+def _step(request: EstimateRequest, model: Any, optimizer: Any, meter: Meter, early: bool) -> None:
+    """Follow `train` of the single-device recipes; from the second micro-batch on all are alike."""
+    shape = (request.micro_batch_size, request.seq_len)
+    for _ in range(min(request.gradient_accumulation_steps, 2)):
+        meter.phase(trace.BATCH)
+        tokens = torch.ones(shape, dtype=torch.int64)
+        labels = torch.ones(shape, dtype=torch.int64)
+        meter.phase(trace.FORWARD)
+        logits = model(tokens)
+        meter.phase(trace.LOSS_FORWARD)
+        if early:
+            logits = logits[..., :-1, :].contiguous()
+            labels = labels[..., 1:].contiguous()
+            logits = logits.transpose(1, 2)
+            loss = torch.nn.CrossEntropyLoss()(logits, labels)
+        else:
+            ignored = torch.full((shape[0], 1), -100)
+            labels = torch.hstack((labels[..., 1:], ignored))
+            losses = importlib.import_module("torchtune.modules.loss")
+            loss = losses.CEWithChunkedOutputLoss(CHUNKS)(logits, labels)
+            del logits
+        meter.phase(trace.BACKWARD)
+        torch.autograd.backward(loss)
+        if early:
+            del logits
+    meter.phase(trace.OPTIMIZER_STEP)
+    optimizer.step()
+    meter.phase(trace.OPTIMIZER_STEP)
+    optimizer.zero_grad(set_to_none=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
