@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -523,7 +524,9 @@ def _stable_adamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any
 
 def _grokadamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     _refuse_implementation(asked)
-    library = _library("grokadamw", "grokadamw", asked)
+    # It sets up the logging of the whole process when it is imported.
+    with _patched(logging, "basicConfig", lambda **_: None):
+        library = _library("grokadamw", "grokadamw", asked)
     return small_libraries.grokadamw(library, groups, LEARNING_RATE)
 
 
