@@ -47,6 +47,7 @@ from estimator.techniques.methods.pfeiffer_adapter import PfeifferAdapter
 from estimator.techniques.methods.prefix_tuning import PrefixTuning
 from estimator.techniques.methods.prompt_tuning import PromptTuning
 from estimator.techniques.methods.trainable_tokens import TrainableTokens
+from estimator.techniques.methods.vblora import VbLora
 from estimator.techniques.methods.vera import Vera
 from estimator.techniques.quantization import Quantization as AnyQuantization
 from estimator.techniques.quantizations.awq import AwqQuantization
@@ -91,6 +92,7 @@ Method = (
     | AdaLora
     | TrainableTokens
     | AdaptionPromptTuning
+    | VbLora
     | Mezo
     | Lisa
     | Badam
@@ -263,7 +265,6 @@ METHOD_ALIASES: Final[dict[str, Alias]] = {
 # Methods of the literature that have no sourced answer here yet, and what is near to each.
 UNANSWERED_METHODS: Final[dict[str, str]] = {
     "badam_ratio": "method 'badam' is its layer mode; the ratio mode has sparse gradients",
-    "vblora": "method 'vera' shares matrices too",
     "galore": "ask for optimizer 'galore_adamw'",
     "q_galore": "ask for optimizer 'galore_adamw_8bit'; q-galore-torch 1.0 does not run with "
     "bitsandbytes 0.50",

@@ -22,6 +22,8 @@ _COUNTING: Final = (torch.ops.aten.nonzero.default,)
 # The same, picked by a mask: `tensor[mask]`.
 _INDEX: Final = torch.ops.aten.index.Tensor
 _MASKED_SELECT: Final = torch.ops.aten.masked_select.default
+# PEFT asks whether VB-LoRA's logits are infinite: those of a new adapter are not.
+_IS_INFINITE: Final = torch.ops.aten.isinf.default
 _EXACT: Final = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
 
@@ -81,6 +83,10 @@ class KnownValues:
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Compute the real twin of an operator's result where all of its inputs have one."""
         if not isinstance(out, FakeTensor) or out.dtype not in _EXACT:
+            return
+        if func is _IS_INFINITE:
+            with unset_fake_temporarily():
+                self._twins[out] = torch.zeros(out.shape, dtype=torch.bool)
             return
         values = [*args, *kwargs.values()]
         known = out.numel() <= _MAX_ELEMENTS and all(map(self._is_known, values))

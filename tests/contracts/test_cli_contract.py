@@ -33,7 +33,8 @@ FROZEN_FLAGS = """
 --method-layers --method-positions --method-share-weights --method-dropout --method-vera-dropout
 --method-save-projection --method-init-r --method-target-r --method-total-step --method-tinit
 --method-tfinal --method-update-and-allocate --method-num-tokens --method-adapter-len
---method-adapter-layers --method-activated-layers --method-keep-states
+--method-adapter-layers --method-activated-layers --method-keep-states --method-num-vectors
+--method-vector-length --method-topk --method-vblora-dropout --method-save-only-topk-weights
 --quantization-skip-modules
 --quantization-quant-storage --quantization-threshold
 --quantization-bits --quantization-group-size --quantization-desc-act --quantization-kernel

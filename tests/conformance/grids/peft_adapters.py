@@ -40,6 +40,19 @@ OF_GPT2: Final[Document] = {
 ADAPTION: Final[Document] = {"method": {"name": "adaption_prompt", "adapter_layers": 3}}
 ADAPTION_ALL: Final[Document] = {"method": "adaption_prompt"}
 
+VBLORA: Final[Document] = {
+    "method": {"name": "vblora", "vector_length": 128, "num_vectors": 90},
+}
+VBLORA_ALL: Final[Document] = {
+    "method": {
+        "name": "vblora",
+        "vector_length": 8,
+        "topk": 3,
+        "vblora_dropout": 0.05,
+        "target_modules": "all-linear",
+    },
+}
+
 RECIPES: Final[dict[str, Document]] = {
     "adalora": ADALORA,
     "adalora checkpointed": {**ADALORA, **CHECKPOINTED},
@@ -93,6 +106,15 @@ RECIPES: Final[dict[str, Document]] = {
     "adaption prompt of mistral": {**ADAPTION, **PADDED},
     "adaption prompt of gpt2": ADAPTION,
     "adaption prompt, short": {**ADAPTION_ALL, **SHORT, "gradient_accumulation_steps": 2},
+    "vblora": VBLORA,
+    "vblora checkpointed": {**VBLORA, **CHECKPOINTED},
+    "vblora on every linear layer": VBLORA_ALL,
+    "vblora on every linear layer, amp": {**VBLORA_ALL, "precision": "amp_bf16"},
+    "vblora on every linear layer, short": {**VBLORA_ALL, **SHORT, **CHECKPOINTED},
+    "vblora nf4": {**VBLORA, **NF4, **CHECKPOINTED},
+    "vblora accumulation": {**VBLORA, "gradient_accumulation_steps": 4},
+    "vblora conv1d": VBLORA_ALL,
+    "vblora of qwen2": {**VBLORA, "autocast": "bf16"},
     "lora, parameters of conv1d": {**OF_GPT2, **CHECKPOINTED},
 }  # fmt: skip
 
@@ -105,6 +127,8 @@ MODELS: Final[dict[str, str]] = {
     "trainable tokens of gpt2": "gpt2",
     "lora, parameters, biases": "qwen2",
     "lora, parameters of conv1d": "gpt2",
+    "vblora conv1d": "gpt2",
+    "vblora of qwen2": "qwen2",
     "adaption prompt of many heads, fp32": "llama-mha",
     "adaption prompt of mistral": "mistral-window",
     "adaption prompt of gpt2": "gpt2",
@@ -113,5 +137,5 @@ MODELS: Final[dict[str, str]] = {
 }
 
 FAST: Final = frozenset(
-    {"adalora", "lora, tokens, tied, checkpointed", "lora, parameters", "adaption prompt"}
+    {"adalora", "lora, tokens, tied, checkpointed", "lora, parameters", "adaption prompt", "vblora"}
 )
