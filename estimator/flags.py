@@ -106,6 +106,8 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--set-to-none", "/loop/set_to_none", "zero_grad frees the gradients."),
         Flag("--neftune-noise-alpha", "/loop/neftune_noise_alpha", "Noise on the embeddings."),
         Flag("--max-grad-norm", "/loop/max_grad_norm", "Gradients are clipped to it; 0: not."),
+        Flag("--ema", "/loop/ema", "Where a moving average of the weights is kept."),
+        Flag("--logits-to-keep", "/loop/logits_to_keep", "Last positions with logits; 0: all."),
         Flag(
             "--label-smoothing-factor",
             "/loop/label_smoothing_factor",

@@ -26,7 +26,8 @@ from estimator.eager.float8 import MULTIPLE
 from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.allocator import charge
-from estimator.memory.loss import LOSSES
+from estimator.memory.average import average_host_bytes
+from estimator.memory.loss import LOSSES, MeasuredLoss
 from estimator.memory.replay import Blocks, blocks
 from estimator.memory.standing import managed_bytes
 from estimator.memory.timeline import Moment, Step, compile_step
@@ -93,6 +94,8 @@ class Engine:
             run.settings.attention == "eager"
             or run.settings.kernel == "math"
             or run.spec.broadcasts_keys
+            or run.kept_logits > 0
+            or isinstance(LOSSES[run.loss], MeasuredLoss)
             or (run.autocast is None and not run.spec.embeddings[0].dtype.is_half)
         )
         self.trains_embeddings = any(
@@ -317,7 +320,7 @@ def answer(
         allocated = compiled_range(allocated, eager.allocated_bytes)
         reserved = compiled_range(reserved, eager.reserved_bytes)
         reasons = (COMPILED.reason.reason, *reasons)
-    pinned = engine.step(b, s).pinned_bytes(at)
+    host = engine.step(b, s).pinned_bytes(at) + average_host_bytes(engine.run)
     spec = engine.run.spec
     total = spec.total_parameters()
     software = profile(request.software.framework, request.software.version)
@@ -334,7 +337,7 @@ def answer(
             reserved_bytes=reserved,
             device_used_bytes=device_used_range(reserved, device.constants, engine.managed),
             needed_bytes=needed,
-            host_bytes=Range(pinned, pinned, pinned),
+            host_bytes=Range(host, host, host),
         ),
         capacity=device.capacity,
         breakdown=view.breakdown(peak),
@@ -353,7 +356,7 @@ def answer(
 
 MODELLED_STACK = "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2"
 NOT_MODELLED = (
-    "host memory, but for activations that are moved there",
+    "host memory, but for what is moved there: activations, an averaged model",
     "evaluation, saving and merging",
     "the requested confidence: the ranges are priors, and no coverage is promised yet",
 )

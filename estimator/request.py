@@ -109,7 +109,9 @@ FP8_LIBRARIES: Final[tuple[type[AnyFp8], ...]] = get_args(Fp8)
 class Loop(Section, frozen=True):
     """What the training loop keeps alive; the defaults are those of the Trainer.
 
-    The Trainer clips the norm of the gradients where `max_grad_norm` is above 0.
+    The Trainer clips the norm of the gradients where `max_grad_norm` is above 0. `logits_to_keep`
+    is the argument of transformers' models: logits of the last so many positions, 0 for all; the
+    labels are cut to them.
     """
 
     keep_outputs: bool = False
@@ -118,6 +120,8 @@ class Loop(Section, frozen=True):
     neftune_noise_alpha: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     label_smoothing_factor: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     max_grad_norm: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
+    ema: Literal["cuda", "cpu"] | None = None
+    logits_to_keep: Annotated[int, Meta(ge=0, le=MAX_SEQ_LEN)] = 0
 
 
 class CpuOffload(Section, frozen=True):
@@ -174,7 +178,7 @@ class EstimateRequest(Section, frozen=True):
     method: Method = Full()
     quantization: Quantization | None = None
     precision: Literal[
-        "fp32", "bf16", "fp16", "master_bf16", "megatron_bf16", "amp_bf16", "amp_fp16"
+        "fp32", "tf32", "bf16", "fp16", "master_bf16", "megatron_bf16", "amp_bf16", "amp_fp16"
     ] = "bf16"
     autocast: Literal["bf16", "fp16"] | None = None
     fp8: Fp8 | None = None
@@ -311,6 +315,7 @@ TRL_DEFAULTS: Final[dict[str, Any]] = {
     "activation_checkpointing": "full",
     "optimizer": {"name": "adamw", "implementation": "fused"},
 }
+TRL_WITHOUT_HEAD: Final = ("1.3", "0.27", "0.22")
 TRL_PRECISION: Final[dict[str, Any]] = {"precision": "fp32", "autocast": "bf16"}
 
 # Other spellings of `activation_checkpointing`; a boolean means full or none.
@@ -380,6 +385,8 @@ def _defaults_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:
     if framework != "trl":
         return {}
     defaults = dict(TRL_DEFAULTS)
+    if given["software"].get("version") in TRL_WITHOUT_HEAD:
+        defaults["loss"] = "standard"
     if "precision" not in given and "autocast" not in given:
         defaults |= TRL_PRECISION
     return defaults

@@ -15,7 +15,7 @@ from estimator.model.families import read_spec
 from estimator.model.forward import Settings
 from estimator.model.spec import Linear, ModelSpec
 from estimator.optimizer import Optimizer
-from estimator.request import EstimateRequest, Parallelism
+from estimator.request import TRL_WITHOUT_HEAD, EstimateRequest, Parallelism
 from estimator.run import OptimizerChoice, Run
 from estimator.techniques.execution import (
     ActivationCheckpointing,
@@ -25,7 +25,7 @@ from estimator.techniques.execution import (
 )
 from estimator.techniques.fp8_backends.transformer_engine import TransformerEngine
 from estimator.techniques.kernels import KERNELS
-from estimator.techniques.loss import FUSED_LOSSES, Smoothing
+from estimator.techniques.loss import FUSED_LOSSES, KeptLogits, Smoothing
 from estimator.techniques.optimizers import OPTIMIZERS, REFUSED
 from estimator.techniques.optimizers.row import updates_any
 from estimator.techniques.precision import Precision
@@ -51,6 +51,8 @@ def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> R
         raise InvalidRequestError("nothing is trainable with this method and these targets")
     _refuse_packed_training(run.spec)
     _refuse_tensors(run)
+    if run.scales_loss:
+        _refuse_scaled_halves(run)
     return run
 
 
@@ -91,6 +93,25 @@ def _refuse_packed_training(spec: ModelSpec) -> None:
                 )
 
 
+def _refuse_scaled_halves(run: Run) -> None:
+    """Refuse what torch's GradScaler, which comes with fp16 autocast, does not unscale.
+
+    Source: torch-amp, GradScaler._unscale_grads_; accelerate, Accelerator.backward.
+    """
+    for _, weight, _ in run.spec.tensors():
+        if weight.trainable and weight.dtype.is_half:
+            raise UnsupportedCombinationError(
+                f"fp16 autocast scales the loss, and torch's GradScaler refuses to unscale the "
+                f"{weight.dtype.label} gradients of {weight.dtype.label} weights; train fp32 "
+                "weights (precision 'amp_fp16', or adapter_dtype 'float32'), or use autocast 'bf16'"
+            )
+    if run.optimizer.in_backward:
+        raise UnsupportedCombinationError(
+            "an optimizer in backward would use gradients that are still multiplied by the loss "
+            "scale of fp16 autocast; use bf16"
+        )
+
+
 def _refuse_beside_own_code(request: EstimateRequest) -> None:
     """Refuse what the framework's own model code is not described for."""
     software, method = request.software, request.method
@@ -117,6 +138,8 @@ def _refuse_beside_own_code(request: EstimateRequest) -> None:
         ),
         "prepare_kbit": packed is None or not packed.prepare_kbit,
         "loop.neftune_noise_alpha": request.loop.neftune_noise_alpha is None,
+        "loop.ema": request.loop.ema is None,
+        "loop.logits_to_keep": request.loop.logits_to_keep == 0,
     }
     for what, described in known.items():
         if not described:
@@ -167,6 +190,9 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
     )
 
 
+# Precisions that store every weight in one type, without autocast.
+_PLAIN: Final = ("bf16", "fp16", "fp32", "tf32")
+
 _ANY_OPTIMIZER: Final = ("name", "implementation", "in_backward")
 
 
@@ -185,6 +211,7 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
             neftune=request.loop.neftune_noise_alpha is not None,
             set_to_none=request.loop.set_to_none,
             max_grad_norm=request.loop.max_grad_norm if software.clips else 0.0,
+            ema=request.loop.ema,
         ),
     ]
     if request.quantization is not None:
@@ -196,6 +223,8 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
         chosen.append(Smoothing())
     if request.loss in FUSED_LOSSES:
         chosen.append(FUSED_LOSSES[request.loss])
+    if request.loop.logits_to_keep:
+        chosen.append(KeptLogits(request.loop.logits_to_keep))
     checkpointing = parse_checkpointing(request.activation_checkpointing)
     if checkpointing is not None:
         chosen.append(ActivationCheckpointing(checkpointing))
@@ -205,13 +234,22 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
 def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) -> None:
     """Refuse by name what the document can say and this version cannot answer."""
     default = Parallelism()
+    trl = request.software.framework == "trl"
+    old_trl = trl and request.software.version in TRL_WITHOUT_HEAD
+    new_trl = trl and not old_trl
     refused = {
         f"task {request.task!r}": request.task not in ("sft", "pretrain"),
         f"loss {request.loss!r} with software 'trl', whose SFTTrainer has a head of its own "
-        "(loss 'chunked')": request.software.framework == "trl" and request.loss == "standard",
+        "(loss 'chunked')": new_trl and request.loss == "standard",
+        "loss 'chunked' with this version of TRL, whose loss is 'standard',": (
+            old_trl and request.loss == "chunked"
+        ),
         f"loss {request.loss!r}": request.loss not in ("standard", *FUSED_LOSSES),
         f"kernels {list(request.kernels)} (known: {', '.join(KERNELS)})": not (
             set(request.kernels) <= KERNELS.keys()
+        ),
+        "loop.ema with packed weights": (
+            request.loop.ema is not None and request.quantization is not None
         ),
         f"an optimizer in backward with precision {request.precision!r}": (
             optimizer.in_backward and request.precision in ("master_bf16", "megatron_bf16")
@@ -254,7 +292,7 @@ def _refuse_contradictions(request: EstimateRequest, optimizer: OptimizerChoice)
         request.method.refuse(request.quantization.name)
         software = request.software
         request.quantization.refuse(request.method, software.framework, software.version)
-    if request.quantization is not None and request.precision not in ("bf16", "fp16", "fp32"):
+    if request.quantization is not None and request.precision not in _PLAIN:
         raise InvalidRequestError(
             f"precision {request.precision!r} does not go with packed weights; choose bf16, fp16 "
             "or fp32, and autocast beside it"
@@ -280,7 +318,7 @@ def _refuse_without_backward(request: EstimateRequest) -> None:
         "activation_checkpointing": request.activation_checkpointing != "none",
         "optimizer.in_backward": request.optimizer.in_backward,
         f"precision {request.precision!r}": (
-            request.precision not in ("fp32", "bf16", "fp16", "amp_bf16", "amp_fp16")
+            request.precision not in (*_PLAIN, "amp_bf16", "amp_fp16")
         ),
         "loop.keep_outputs": request.loop.keep_outputs,
     }
@@ -299,6 +337,10 @@ def check_length(run: Run, seq_len: int) -> None:
         InvalidRequestError: the table is shorter.
     """
     spec, virtual = run.spec, run.prompt_tokens + run.prefix_tokens
+    if run.kept_logits > seq_len:
+        raise InvalidRequestError(
+            f"logits_to_keep {run.kept_logits} is more than seq_len {seq_len}; 0 keeps all"
+        )
     if spec.max_positions is not None and seq_len + virtual > spec.max_positions:
         beside = f" and {virtual} virtual tokens" if virtual else ""
         raise InvalidRequestError(

@@ -58,6 +58,8 @@ class Run(Struct, frozen=True):
         limits_norm: the loop scales the gradients where their norm is beyond a limit.
         pads_tokens: products over the tokens are padded to a multiple of 16.
         token_multiple: products over the tokens need a multiple of this.
+        averaged_on: the device of a moving average of the model, or None.
+        kept_logits: positions at the end that get logits; 0 for all.
     """
 
     spec: ModelSpec
@@ -80,6 +82,8 @@ class Run(Struct, frozen=True):
     limits_norm: bool = False
     pads_tokens: bool = False
     token_multiple: int = 1
+    averaged_on: str | None = None
+    kept_logits: int = 0
 
     def batch(self, micro_batch_size: int, seq_len: int) -> tuple[int, int]:
         """Return the rows that the model sees, and their length: packed sequences are one row.
@@ -106,6 +110,11 @@ class Run(Struct, frozen=True):
         choice = self.optimizer
         elsewhere = choice.in_backward or choice.master_weights
         return self.limits_norm and not self.forward_only and not elsewhere
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a GradScaler scales the loss, as Accelerate's does with fp16 autocast."""
+        return self.autocast is DType.FLOAT16 and not self.forward_only
 
     @property
     def accumulates(self) -> bool:

@@ -122,6 +122,15 @@ SOURCES: Final[dict[str, Source]] = {
         f"{_TORCH}/aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu",
     ),
     "torch-optim": Source("code", "PyTorch 2.13.0, optimizers", f"{_TORCH}/torch/optim"),
+    "torch-backends": Source(
+        "code", "PyTorch 2.13.0, switches of the backends", f"{_TORCH}/torch/backends"
+    ),
+    "torch-amp": Source(
+        "code", "PyTorch 2.13.0, scaling of the loss", f"{_TORCH}/torch/amp/grad_scaler.py"
+    ),
+    "torch-swa": Source(
+        "code", "PyTorch 2.13.0, averages of weights", f"{_TORCH}/torch/optim/swa_utils.py"
+    ),
     "torch-clip": Source(
         "code", "PyTorch 2.13.0, clip_grad_norm_", f"{_TORCH}/torch/nn/utils/clip_grad.py"
     ),
@@ -352,6 +361,16 @@ SOURCES: Final[dict[str, Source]] = {
         "code",
         "TRL 1.16.0, SFTTrainer and its fused head",
         "https://github.com/huggingface/trl/blob/v1.16.0/trl",
+    ),
+    "trl-sft": Source(
+        "code",
+        "TRL 0.27.0, SFTTrainer and its metrics",
+        "https://github.com/huggingface/trl/blob/v0.27.0/trl/trainer/sft_trainer.py",
+    ),
+    "trl-utils": Source(
+        "code",
+        "TRL 0.27.0, entropy of logits and the type of loaded weights",
+        "https://github.com/huggingface/trl/blob/v0.27.0/trl/trainer/utils.py",
     ),
     "torchao": Source(
         "code",

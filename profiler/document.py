@@ -41,7 +41,6 @@ _STACK: Final = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
 _NOT_MODELLED: Final = (
     "host memory",
     "evaluation, saving and merging",
-    "the loss scale of fp16 autocast: scalars",
     "cuDNN attention, which newer torch prefers on Hopper and Blackwell: traced as flash attention",
 )
 _NO_WATERFALL: Final = "the dry run answers one recipe; ask the analytic engine for the waterfall"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
 
+from msgspec.structs import replace
+
 from estimator.components import Component
 from estimator.errors import (
     InvalidConfigError,
@@ -22,9 +24,19 @@ from estimator.errors import (
     UnsupportedCombinationError,
     UnsupportedModelError,
 )
-from estimator.request import EstimateRequest
+from estimator.request import TRL_WITHOUT_HEAD, EstimateRequest
 from estimator.techniques.execution import parse_checkpointing
-from profiler import float8, kernels, losses, methods, optimizers, quantized, trace
+from estimator.techniques.software import profile
+from profiler import (
+    float8,
+    kernels,
+    losses,
+    methods,
+    optimizers,
+    quantized,
+    trace,
+    trl_metrics,
+)
 from profiler.placement import place
 
 PhaseCallback = Callable[[str], None]
@@ -32,6 +44,7 @@ PhaseCallback = Callable[[str], None]
 # The dtype of the stored parameters for each `precision` of a request.
 _STORED: Final[dict[str, str]] = {
     "fp32": "float32",
+    "tf32": "float32",
     "bf16": "bfloat16",
     "fp16": "float16",
     "master_bf16": "bfloat16",
@@ -71,6 +84,8 @@ class Workload:
         device: where its tensors live.
         compute_capability, multiprocessors: of the GPU; some libraries choose their path by them.
         trained: how many tensors the whole model trains, where this one has fewer layers.
+        scaler: Accelerate's GradScaler of fp16 autocast.
+        average: torch's AveragedModel on the GPU.
     """
 
     model: Any
@@ -80,6 +95,8 @@ class Workload:
     compute_capability: tuple[int, int] = (8, 0)
     multiprocessors: int = 108
     trained: int | None = None
+    scaler: Any = None
+    average: Any = None
 
     def step(self, phase: PhaseCallback) -> None:
         """Run one optimizer step: all its micro-batches, the update, and the clearing of gradients.
@@ -107,7 +124,13 @@ class Workload:
                 self._micro_step(inputs, phase)
         self._clip(phase)
         phase(trace.OPTIMIZER_STEP)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         if getattr(self.request.method, "update_and_allocate", False):
             # Before `tinit` only the scores are kept; cutting ranks needs values, and no more room.
             self.model.base_model.update_and_allocate(0)
@@ -129,6 +152,8 @@ class Workload:
             return stack((norms * trained)[:trained] if trained else norms)
 
         phase(trace.GRADIENT_CLIPPING)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         with mock.patch.object(torch, "stack", of_the_whole_model):
             torch.nn.utils.clip_grad_norm_(
                 list(self.model.parameters()), self.request.loop.max_grad_norm, foreach=True
@@ -138,7 +163,12 @@ class Workload:
         """Return the model's outputs and the loss, as `Trainer.compute_loss` does."""
         smoothing = self.request.loop.label_smoothing_factor
         if not smoothing:
+            if kept := self.request.loop.logits_to_keep:
+                inputs = {**inputs, "logits_to_keep": kept}
             outputs = self.model(**inputs)
+            software = self.request.software
+            if software.version in TRL_WITHOUT_HEAD and self.request.loss == "standard":
+                trl_metrics.measure(outputs["logits"], inputs["labels"], software.version)
             return outputs, outputs["loss"]
         smoother = _import("transformers.trainer_pt_utils").LabelSmoother(epsilon=smoothing)
         outputs = self.model(**{name: each for name, each in inputs.items() if name != "labels"})
@@ -162,7 +192,7 @@ class Workload:
             self.optimizer.backward(loss)
             return
         # `Tensor.backward` leaves a torch-function mode before it calls this very function.
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
 
 def meta_model(request: EstimateRequest, config: Any) -> Any:
@@ -196,6 +226,9 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
     float8.convert(model, request)
     how = parse_checkpointing(request.activation_checkpointing)
     if how is not None:
+        if how.reentrant is None:
+            software = profile(request.software.framework, request.software.version)
+            how = replace(how, reentrant=software.reentrant)
         checkpointing.enable(model, how)
     model.train()
     return model
@@ -222,6 +255,7 @@ def start(
     if request.loop.neftune_noise_alpha is not None:
         neftune = _import("transformers.integrations.neftune")
         neftune.activate_neftune(model, request.loop.neftune_noise_alpha)
+    average = _average(model, request)
     _wrap_autocast(model, autocast_dtype(request), device)
     kernels.compile_model(model, request, compute_capability, multiprocessors)
     return Workload(
@@ -232,7 +266,38 @@ def start(
         compute_capability=compute_capability,
         multiprocessors=multiprocessors,
         trained=trained,
+        scaler=_scaler(request),
+        average=average,
     )
+
+
+def _average(model: Any, request: EstimateRequest) -> Any:
+    """Return a moving average of the model; one in host memory is left out."""
+    if request.loop.ema != "cuda":
+        return None
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    swa = _import("torch.optim.swa_utils")
+    # A copy of a fake tensor belongs to the same world as the tensor.
+    with mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, _: mode, create=True):
+        return swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.999))
+
+
+def _scaler(request: EstimateRequest) -> Any:
+    """Return torch's GradScaler where fp16 autocast brings it; here no gradient is ever infinite.
+
+    Source: accelerate, Accelerator.__init__ and utils/modeling.py, get_grad_scaler.
+    """
+    import torch
+
+    if autocast_dtype(request) != "float16" or request.method.without_backward:
+        return None
+
+    class Scaler(torch.amp.GradScaler):  # type: ignore[misc]  # torch is not typed here
+        def _maybe_opt_step(self, optimizer: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+            return optimizer.step(*args, **kwargs)
+
+    return Scaler("cpu")
 
 
 def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
@@ -250,6 +315,12 @@ def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
             yield parameter.main_grad, path, "main_grad", "gradients"
     for path, buffer in job.model.named_buffers():
         yield buffer, path, "buffer", "buffers"
+    if job.average is not None:
+        for path, parameter in job.average.module.named_parameters():
+            yield parameter, path, "moving average", "weights"
+        for path, buffer in job.average.module.named_buffers():
+            yield buffer, path, "moving average", "buffers"
+        yield job.average.n_averaged, "", "n_averaged", "buffers"
     paths = {id(parameter): path for path, parameter in job.model.named_parameters()}
     for parameter, state in job.optimizer.state.items():
         for tensor in filter(torch.is_tensor, state.values()):
@@ -272,7 +343,7 @@ def refuse_unsupported(request: EstimateRequest) -> None:
         "parallelism.strategy": (request.parallelism.strategy, ("none",)),
         "hardware.num_gpus": (request.hardware.num_gpus, (1,)),
         "software.framework": (request.software.framework, ("transformers", "trl")),
-        "software.version": (request.software.version, ("5", "1.16")),
+        "software.version": (request.software.version, ("5", "1.16", *TRL_WITHOUT_HEAD)),
     }
     for field, (value, known) in allowed.items():
         if value not in known:
@@ -339,6 +410,9 @@ def batch(request: EstimateRequest, device: str) -> dict[str, Any]:
     inputs = {name: torch.ones(shape, dtype=torch.int64, device=device) for name in _MODEL_INPUTS}
     if request.padding:
         inputs["attention_mask"][-1, -1:].fill_(0)
+    if kept := request.loop.logits_to_keep:
+        # As many labels as logits, or the loss does not take them.
+        inputs["labels"] = torch.ones(shape[0], kept, dtype=torch.int64, device=device)
     return inputs
 
 

@@ -524,4 +524,8 @@ class RecordingTape(Tape):
 
     def sections(self) -> tuple[Section, ...]:
         """Return what has happened so far."""
-        return tuple(Section(phase, site, tuple(events)) for phase, site, events in self._log)
+        # Metrics are made before backward, at the end of forward.
+        return tuple(
+            Section("forward" if phase == "metrics" else phase, site, tuple(events))
+            for phase, site, events in self._log
+        )

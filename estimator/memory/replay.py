@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from estimator.eager.size import Polynomial, elements
 from estimator.eager.tensor import Regime
+from estimator.memory.average import average_sizes
 from estimator.memory.caching_allocator import (
     SMALL_REQUEST_BYTES,
     CachingAllocator,
@@ -90,6 +91,7 @@ def _loaded(run: Run) -> Iterator[int]:
     # Small ones, such as rotary frequencies, share the first segment of small blocks.
     buffers = (elements(each.shape)[0] * each.dtype.width for each in spec.buffers)
     yield from (size for size in buffers if size > SMALL_REQUEST_BYTES)
+    yield from average_sizes(run)
     yield from (weight.bytes for weight in weights if weight.trainable and run.accumulates)
 
 

@@ -36,6 +36,8 @@ def standing(run: Run) -> Ledger:
         entries += _main_gradients(run)
     elif run.accumulates:
         entries += _gradients(run)
+    if run.scales_loss:
+        entries += _loss_scale()
     return Ledger(tuple(entries))
 
 
@@ -90,6 +92,22 @@ def _buffers(run: Run) -> list[Entry]:
     return [
         Entry(tensor_row(each.name, "buffers", "embeddings", each.shape, each.dtype, _BUFFER), 1)
         for each in run.spec.buffers
+    ]
+
+
+def _loss_scale() -> list[Entry]:
+    """Return the two numbers that a GradScaler keeps; what a step makes beside them is as small.
+
+    Shapes:
+        scale           []  fp32
+        growth tracker  []  int32
+
+    Source: torch-amp, GradScaler._lazy_init_scale_growth_tracker.
+    """
+    source = Cite("torch-amp", "GradScaler._lazy_init_scale_growth_tracker")
+    numbers = (("loss scale", DType.FLOAT32), ("growth tracker of the loss scale", DType.INT32))
+    return [
+        Entry(tensor_row(name, "buffers", "loss", (), dtype, source), 1) for name, dtype in numbers
     ]
 
 

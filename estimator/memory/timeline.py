@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from estimator.eager.size import ZERO, Polynomial
 from estimator.eager.tensor import Instant, Live
+from estimator.memory.average import average_entries
 from estimator.memory.clipping import clipping_entries
 from estimator.memory.ledger import Entry, Ledger, Row, formula, polynomial
 from estimator.memory.standing import standing, step_entries
@@ -124,8 +125,8 @@ def compile_step(run: Run, seen: Trace) -> Step:
     Args:
         seen: a trace of this run, or of one that differs by the optimizer alone.
     """
-    assembly = _Assembly(seen, standing(run))
-    between = [*assembly.forward(), *assembly.backward()]
+    assembly = _Assembly(seen, standing(run).plus(*average_entries(run)))
+    between = [*assembly.forward(), *assembly.metrics(), *assembly.backward()]
     step = step_entries(run)
     clipping = clipping_entries(run)
     return Step(
@@ -173,6 +174,16 @@ class _Assembly:
                 if site == 0:
                     yield self._at_embeddings(instant)
                     continue
+                yield self._moment(instant, _shift(instant.total, here, before), position)
+
+    def metrics(self) -> Iterator[Moment]:
+        """Yield the candidates between forward and backward: what is saved then, is there."""
+        saved = self.backward_saved
+        for site, instants in self.seen.metrics:
+            position = len(self.order) - 1
+            before = _add(saved[each] for each in self.order[:position])
+            here = _add(saved[:site])
+            for instant in instants:
                 yield self._moment(instant, _shift(instant.total, here, before), position)
 
     def backward(self) -> Iterator[Moment]:
@@ -256,10 +267,11 @@ class _Assembly:
     # -- parts --------------------------------------------------------------------------------
 
     def _moment(self, instant: Instant, total: Polynomial, position: int) -> Moment:
-        backward = instant.phase == "backward"
-        place = _Place(self, instant.live, instant.site, position, backward)
+        # What metrics find is what backward begins with.
+        place = _Place(self, instant.live, instant.site, position, instant.phase != "forward")
         name = self.seen.sites[instant.site]
-        label = f"loss {instant.phase}" if name == "loss" else f"{instant.phase}: {name}"
+        phase = "forward" if instant.phase == "metrics" else instant.phase
+        label = f"loss {phase}" if name == "loss" else f"{phase}: {name}"
         return Moment(label, _add((total, self.constant)), place)
 
     def _ends(self, site: int) -> list[int]:

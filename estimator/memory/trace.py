@@ -30,7 +30,7 @@ from estimator.eager.tensor import (
     view,
 )
 from estimator.memory.fused_loss import FusedLoss
-from estimator.memory.loss import LOSSES
+from estimator.memory.loss import LOSSES, MeasuredLoss
 from estimator.memory.smoothed_loss import LabelSmoothing
 from estimator.memory.unroll import NotPeriodicError, shorten, unroll
 from estimator.memory.updates import inside_backward
@@ -51,6 +51,7 @@ class Trace(Struct, frozen=True):
         sites: the name of each site of the chain.
         chain: for each real layer, the site of the chain that stands for it.
         forward, backward: for each site its local maxima, in the order of time.
+        metrics: the same of what the loop computes between them.
         forward_saved: what is alive when the forward pass of the model has ended.
         backward_saved: what is alive when backward begins.
         left: what backward has left when it reaches the embeddings.
@@ -62,6 +63,7 @@ class Trace(Struct, frozen=True):
     sites: tuple[str, ...]
     chain: tuple[int, ...]
     forward: tuple[tuple[int, list[Instant]], ...]
+    metrics: tuple[tuple[int, list[Instant]], ...]
     backward: tuple[tuple[int, list[Instant]], ...]
     forward_saved: Live
     backward_saved: Live
@@ -84,6 +86,7 @@ def trace(run: Run, regime: Regime) -> Trace:
         sites=site_names(run, kinds),
         chain=chain,
         forward=tuple(tape.instants("forward")),
+        metrics=tuple(tape.instants("metrics")),
         backward=tuple(tape.instants("backward")),
         forward_saved=forward_saved,
         backward_saved=backward_saved,
@@ -168,7 +171,8 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     forward.last_layer = len(kinds)
     second = "position_ids" if run.settings.packing else "attention_mask"
     names = ("input_ids", second, "labels") if run.spec.trainers_batch else ("input_ids", "labels")
-    batch = [_input(tape, name, run) for name in names]
+    batch = [_input(tape, name, run) for name in names[:-1]]
+    batch.append(_input(tape, "labels", run, run.kept_logits))
     if run.settings.packing:
         forward.names["position_ids"] = batch[1]
     tape.autocast_enabled = run.autocast is not None
@@ -178,6 +182,10 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     tape.frame = None
     tape.cast_cache.clear()
     tape.autocast_enabled = False
+    how = LOSSES[run.loss]
+    if isinstance(how, MeasuredLoss):
+        tape.phase = "metrics"
+        how.measure(outputs.held[0])
     if not run.keeps_outputs:
         outputs.held.clear()
     if not run.keeps_outputs or not run.settings.keeps_cache:
@@ -230,9 +238,11 @@ def _activation_dtype(run: Run) -> DType:
     return run.spec.embeddings[0].dtype
 
 
-def _input(tape: Tape, name: str, run: Run) -> Tensor:
+def _input(tape: Tape, name: str, run: Run, kept: int = 0) -> Tensor:
     """Return one input of this micro-batch; the Trainer fetches those of a whole step at once."""
     shape = (BATCH, SECOND if run.prompt_tokens else SEQ)
+    if kept:
+        shape = (BATCH, dim("kept", kept))
     if run.micro_batches == 1 or not run.spec.trainers_batch:
         return tape.new(name, shape, DType.INT64, INPUTS, "buffers")
     of_step = tape.new(name, (dim("n", run.micro_batches), *shape), DType.INT64, INPUTS, "buffers")
@@ -271,7 +281,7 @@ def _forward(
             loss = _with_term(forward, kinds, loss)
         forward.caller_names.clear()
         return loss, _Outputs([], alive)
-    logits = how.outputs(family.logits(forward, hidden))
+    logits = how.outputs(family.logits(forward, _last_positions(run, hidden)))
     if isinstance(how, RecipeLoss):
         del hidden
     if isinstance(how, LabelSmoothing):
@@ -304,6 +314,22 @@ def _with_term(forward: Forward, kinds: tuple[LayerKind, ...], loss: Tensor) -> 
     """Return the loss with what the method adds to it."""
     term = forward.spec.loss_term
     return loss if term is None else term.added(forward, kinds, loss)
+
+
+def _last_positions(run: Run, hidden: Tensor) -> Tensor:
+    """Return the hidden states that get logits, contiguous, as the head's product wants them.
+
+    Of one row the last positions are a view. Autocast's cast writes its copy anew as it is.
+
+    Source: hf-loading, slice_logits_to_keep.
+    """
+    if not run.kept_logits:
+        return hidden
+    kept = ops.part(hidden, (BATCH, dim("kept", run.kept_logits), hidden.shape[-1]))
+    casts = run.autocast is not None and not hidden.dtype.is_half
+    if casts or not hidden.tape.regime.several_rows:
+        return kept
+    return ops.copy(kept, name="last positions")
 
 
 def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor) -> Tensor:

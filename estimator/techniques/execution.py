@@ -101,6 +101,7 @@ class Training(Struct, frozen=True):
     neftune: bool
     set_to_none: bool
     max_grad_norm: float
+    ema: str | None = None
 
     def apply(self, run: Run) -> Run:
         """Set how the loop trains; master weights and gradients were decided with the precision."""
@@ -121,6 +122,7 @@ class Training(Struct, frozen=True):
             keeps_outputs=self.keeps_outputs or run.keeps_outputs,
             keeps_gradients=not self.set_to_none,
             limits_norm=self.max_grad_norm > 0,
+            averaged_on=self.ema,
             settings=replace(run.settings, keeps_cache=self.use_cache, neftune=self.neftune),
         )
 

@@ -72,6 +72,38 @@ class Smoothing(Struct, frozen=True):
         return replace(run, loss="label_smoothing")
 
 
+class KeptLogits(Struct, frozen=True):
+    """Logits of the last positions alone, as transformers' `logits_to_keep` makes them."""
+
+    stage: ClassVar[Stage] = Stage.HEAD
+    number: int
+
+    def apply(self, run: Run) -> Run:
+        """Keep the last positions.
+
+        Raises:
+            UnsupportedCombinationError: a loss that is not transformers 5's own, labels that PEFT
+                or packing makes longer than the logits, or a head that is more than its weight.
+        """
+        head, spec = run.spec.head, run.spec
+        refused = {
+            "a loss other than 'standard' of transformers 5": run.loss != "transformers-5",
+            "virtual tokens, for which PEFT makes the labels longer than the logits": (
+                spec.virtual_tokens is not None or run.prefix_tokens > 0
+            ),
+            "packing": run.settings.packing,
+            "a head that is adapted or packed": (
+                head.adapter is not None or head.format is not None
+            ),
+        }
+        for what, refuse in refused.items():
+            if refuse:
+                raise UnsupportedCombinationError(
+                    f"logits_to_keep with {what} has no sourced answer here; set it to 0"
+                )
+        return replace(run, kept_logits=self.number)
+
+
 # monkey_patch.py of Liger, MODEL_TYPE_TO_APPLY_LIGER_FN, as far as our families go.
 _LIGER_MODELS: Final = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"}

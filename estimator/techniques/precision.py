@@ -19,16 +19,24 @@ class Storage(Struct, frozen=True):
     Args:
         master_weights: the optimizer updates fp32 copies.
         main_gradients: gradients are added up in fp32.
+        note: what the answer says about it.
     """
 
     storage: DType
     autocast: DType | None = None
     master_weights: bool = False
     main_gradients: bool = False
+    note: str = ""
 
+
+_TF32: Final = (
+    "precision tf32: weights, gradients and activations are fp32 and take the same bytes; only the "
+    "multiplication inside matrix products is shorter"
+)
 
 PRECISIONS: Final[dict[str, Storage]] = {
     "fp32": Storage(DType.FLOAT32),
+    "tf32": Storage(DType.FLOAT32, note=_TF32),
     "bf16": Storage(DType.BFLOAT16),
     "fp16": Storage(DType.FLOAT16),
     "master_bf16": Storage(DType.BFLOAT16, master_weights=True),
@@ -40,7 +48,12 @@ AUTOCAST: Final[dict[str, DType]] = {"bf16": DType.BFLOAT16, "fp16": DType.FLOAT
 
 
 class Precision(Struct, frozen=True):
-    """Store every weight in one type; keep fp32 master copies where the word says so."""
+    """Store every weight in one type; keep fp32 master copies where the word says so.
+
+    tf32 is a switch of the products alone.
+
+    Source: torch-backends, cuda/__init__.py, cuBLASModule.
+    """
 
     stage: ClassVar[Stage] = Stage.STORE
     name: str
@@ -61,6 +74,7 @@ class Precision(Struct, frozen=True):
             master_weights=regime.master_weights or run.optimizer.of_blocks,
             main_gradients=regime.main_gradients,
         )
-        return replace(
-            run, spec=run.spec.map_modules(store), autocast=autocast, optimizer=optimizer
-        )
+        spec = run.spec.map_modules(store)
+        if regime.note:
+            spec = replace(spec, notes=(*spec.notes, regime.note))
+        return replace(run, spec=spec, autocast=autocast, optimizer=optimizer)

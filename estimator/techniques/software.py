@@ -88,6 +88,10 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
         "4.45": SoftwareProfile("transformers-4.45", (_OLD_ATTENTION,), reentrant=True),
     },
     # SFTTrainer trains transformers' models; its loss and other defaults are in `request.py`.
+    # Read at each tag: 1.3 holds for 1.3 to 1.5, 0.27 for 0.27 to 1.2 (trainer/base_config.py from
+    # 0.27 on: use_reentrant False), 0.22 for 0.22 to 0.25 (before create_model_from_path had a
+    # default type: transformers 4's, fp32). In 0.26 the type was that of the checkpoint. 1.6 to
+    # 1.15 have another chunked loss.
     "trl": {
         "1.16": SoftwareProfile(
             "transformers-5",
@@ -96,6 +100,9 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
                 "forward and backward: a few numbers for each token",
             ),
         ),
+        "1.3": SoftwareProfile("transformers-5-trl-1.3"),
+        "0.27": SoftwareProfile("transformers-5-trl-0.27"),
+        "0.22": SoftwareProfile("transformers-5-trl-0.27", reentrant=True),
     },
     "litgpt": {
         "2023.10": SoftwareProfile(

@@ -47,7 +47,7 @@ FROZEN_FLAGS = """
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing
 --activation-checkpointing --attention --loss --kernels
 --keep-outputs --use-cache --set-to-none --neftune-noise-alpha
---label-smoothing-factor --max-grad-norm --framework --framework-version
+--label-smoothing-factor --max-grad-norm --ema --logits-to-keep --framework --framework-version
 --strategy --dp-replicate --dp-shard --tp --sequence-parallel --cp --pp --ep --zero-stage
 --reshard-after-forward --offload-params --offload-optimizer
 --gpu --num-gpus --memory --reserved-by-others --host-memory --confidence --waterfall

@@ -18,7 +18,46 @@ RECIPES: Final[dict[str, Document]] = {
     "clipping amp accumulation": {
         **SHORT, **FUSED, "precision": "amp_bf16", "gradient_accumulation_steps": 3,
     },
+    "loss scaling fused, accumulation": {
+        **SHORT, **FUSED, "precision": "amp_fp16", "gradient_accumulation_steps": 3,
+    },
+    "loss scaling without clipping": {
+        **SHORT, "optimizer": "sgd", "precision": "amp_fp16", "loop": {"max_grad_norm": 0},
+    },
+    "loss scaling lora over fp16": {
+        **LORA, "precision": "fp16", "autocast": "fp16", "activation_checkpointing": "full",
+    },
+    "tf32": {**SHORT, **FUSED, "precision": "tf32"},
+    "average of weights": {**SHORT, **FUSED, "loop": {"ema": "cuda"}},
+    "average of weights amp checkpointed": {
+        **FUSED, "precision": "amp_bf16", "activation_checkpointing": "full",
+        "loop": {"ema": "cuda"},
+    },
+    "average of weights lora": {**LORA, "loop": {"ema": "cuda"}},
+    "average of weights, tied, accumulation": {
+        **SHORT, **FUSED, "gradient_accumulation_steps": 2, "loop": {"ema": "cuda"},
+    },
+    "average of weights on the host": {**SHORT, **FUSED, "loop": {"ema": "cpu"}},
+    "logits of 300 positions": {"loop": {"logits_to_keep": 300}},
+    "logits of 300 positions amp": {"precision": "amp_bf16", "loop": {"logits_to_keep": 300}},
+    "logits of 300 positions lora checkpointed": {
+        **LORA, "autocast": "bf16", "activation_checkpointing": "full",
+        "loop": {"logits_to_keep": 300},
+    },
+    "logits of 300 positions, one row": {
+        "micro_batch_size": 1, "seq_len": 2000, "loop": {"logits_to_keep": 300},
+    },
+    "logits of 300 positions, capped": {
+        "loop": {"logits_to_keep": 300}, "gradient_accumulation_steps": 2,
+    },
     "no clipping": {**SHORT, **FUSED, "loop": {"max_grad_norm": 0}},
 }  # fmt: skip
-MODELS: Final[dict[str, str]] = {"clipping amp accumulation": "gpt2"}
+MODELS: Final[dict[str, str]] = {
+    "clipping amp accumulation": "gpt2",
+    "loss scaling without clipping": "gpt2",
+    "average of weights amp checkpointed": "gpt2",
+    "average of weights, tied, accumulation": "llama-tied",
+    "logits of 300 positions amp": "gpt2",
+    "logits of 300 positions, capped": "gemma2",
+}
 FAST: Final = frozenset({"clipping amp accumulation"})
