@@ -318,6 +318,12 @@ TRL_DEFAULTS: Final[dict[str, Any]] = {
 TRL_WITHOUT_HEAD: Final = ("1.3", "0.27", "0.22")
 TRL_PRECISION: Final[dict[str, Any]] = {"precision": "fp32", "autocast": "bf16"}
 
+# torchtune makes adapters of the weights' own type, and quantizes without PEFT's preparation.
+TORCHTUNE_DEFAULTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "method": ("lora", {"adapter_dtype": "base"}),
+    "quantization": ("nf4", {"prepare_kbit": False}),
+}
+
 # Other spellings of `activation_checkpointing`; a boolean means full or none.
 CHECKPOINTING_ALIASES: Final = ("gradient_checkpointing", "recompute")
 
@@ -377,7 +383,7 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
             if isinstance(given, bool):
                 given = "full" if given else "none"
             out["activation_checkpointing"] = given
-    return {**_defaults_of(framework, out), **out}
+    return {**_defaults_of(framework, out), **out, **_sections_of(framework, out)}
 
 
 def _defaults_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -390,6 +396,17 @@ def _defaults_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:
     if "precision" not in given and "autocast" not in given:
         defaults |= TRL_PRECISION
     return defaults
+
+
+def _sections_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections that a framework fills in otherwise than we do."""
+    if framework != "torchtune":
+        return {}
+    return {
+        field: {**defaults, **given[field]}
+        for field, (name, defaults) in TORCHTUNE_DEFAULTS.items()
+        if isinstance(given.get(field), dict) and given[field].get("name") == name
+    }
 
 
 def parse_request(document: str | bytes | dict[str, Any]) -> EstimateRequest:

@@ -49,6 +49,12 @@ def test_a_framework_without_a_version_means_its_newest():
     assert parse_request(_document()).software.version == "0.6"
 
 
+def test_adapters_and_packed_weights_are_torchtunes_where_nothing_is_said():
+    request = parse_request(_document(method={"name": "qlora", "target_modules": ["q_proj"]}))
+    assert request.method.adapter_dtype == "base"
+    assert request.quantization.prepare_kbit is False
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -63,7 +69,7 @@ def test_a_framework_without_a_version_means_its_newest():
         ({"method": {**LORA, "use_dora": True}}, "use_dora"),
         ({"method": {**LORA, "modules_to_save": ["output"]}}, "modules_to_save"),
         ({"method": {**LORA, "adapter_dtype": "float32"}}, "adapter_dtype 'float32'"),
-        ({"quantization": "nf4"}, "prepare_kbit"),
+        ({"quantization": {"name": "nf4", "prepare_kbit": True}}, "prepare_kbit"),
         ({"quantization": {"name": "fp4", "prepare_kbit": False}}, "quantization 'fp4'"),
         ({"quantization": {"name": "int8", "prepare_kbit": False}}, "quantization 'int8'"),
         (
