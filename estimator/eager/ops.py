@@ -11,6 +11,7 @@ from typing import Any, Final, Union
 from estimator.dtypes import DType, promote
 from estimator.eager.size import ONE, SEQ, Dim, Shape, elements
 from estimator.eager.tensor import Node, Param, Tape, Tensor, reshaped
+from estimator.errors import UnsupportedCombinationError
 from estimator.sources import Cite
 
 Operand = Union[Tensor, Param]
@@ -247,8 +248,16 @@ def add_to_view(x: Tensor, y: Operand | None, name: str) -> Tensor:
 
     Backward copies the gradient of the whole, and once more that of the view, which goes on to y.
 
+    Raises:
+        UnsupportedCombinationError: the product is kept for the recomputation.
+
     Source: torch-autograd, functions/tensor.cpp, CopySlices.
     """
+    if x.tape.products is not None:
+        raise UnsupportedCombinationError(
+            "activation_checkpointing 'selective_op' keeps products, and torch refuses that this "
+            "layer adds to its product in place; use 'full'"
+        )
     out = Tensor(x.tape, x.shape, x.dtype, x.storage, base=x.base or x)
     source = Cite("torch-autograd", "functions/tensor.cpp, CopySlices")
 

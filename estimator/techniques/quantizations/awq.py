@@ -87,7 +87,10 @@ class Awq(Struct, frozen=True):
         else:
             dtype = compute
             held = [tape.new("parts of the product", (_SPLITS, *shape), F32, _PRODUCT)]
-        out = tape.new("output", shape, dtype, _PRODUCT)
+        out = Tensor(tape, shape, dtype, None)
+        # The kernel for few tokens is an operator of gptqmodel's own.
+        operator = "mm" if tape.regime.dequantizes else "gemm_forward"
+        tape.result(operator, out, "output", _PRODUCT)
         held.clear()
         if linear.bias:
             out = tape.new("output with bias", shape, dtype, _PRODUCT)

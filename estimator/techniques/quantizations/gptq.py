@@ -127,7 +127,8 @@ class GptqTriton(Gptq, frozen=True):
             )
         tape, shape = run.tape, (linear.fan_in, linear.fan_out)
         whole = [tape.new("dequantized weight", shape, _HALF, _TRITON)]
-        out = tape.new("output", (*x.shape[:-1], linear.fan_out), _HALF, _TRITON)
+        out = Tensor(tape, (*x.shape[:-1], linear.fan_out), _HALF, None)
+        tape.result("mm", out, "output", _TRITON)
         whole.clear()
         del half
 

@@ -96,7 +96,8 @@ class Hqq(Struct, frozen=True):
         whole = [self._dequantized(tape.new, linear)]
         if x.dtype is not dtype:
             whole.append(tape.new("input, cast by autocast", x.shape, dtype, _PRODUCT))
-        out = tape.new("output", (*x.shape[:-1], linear.fan_out), dtype, _PRODUCT)
+        out = Tensor(tape, (*x.shape[:-1], linear.fan_out), dtype, None)
+        tape.result("mm", out, "output", _PRODUCT)
         whole.clear()
 
         def rule(node: Node, grads: list[Tensor | None], saved: list[Any]) -> tuple[Tensor | None]:

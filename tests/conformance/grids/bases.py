@@ -21,6 +21,7 @@ def _over(name: str, *changes: Document, **quantization: Any) -> Document:
 PLAIN: Final[Document] = {"autocast": None}
 FP16: Final[Document] = {"precision": "fp16", "autocast": "fp16"}
 SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 130}
+LONGER: Final[Document] = {"micro_batch_size": 1, "seq_len": 1100}
 FP32: Final[Document] = {"precision": "fp32", "autocast": None}
 BASE: Final[Document] = {"method": {"name": "lora", "r": 12, "adapter_dtype": "base"}}
 
@@ -67,6 +68,12 @@ RECIPES: Final[dict[str, Document]] = {
     "hqq qwen2 padded": _over("hqq", {"padding": True}),
     "hqq opt": _over("hqq", CHECKPOINTED),
     "hqq short": _over("hqq", CHECKPOINTED, SHORT),
+    "gptq selective_op": _over("gptq", LONGER, {"activation_checkpointing": "selective_op"}),
+    "awq selective_op": _over("awq", LONGER, {"activation_checkpointing": "selective_op"}),
+    "hqq selective_op": _over("hqq", LONGER, {"activation_checkpointing": "selective_op"}),
+    "gptq save_on_cpu": _over("gptq", LONGER, {"activation_checkpointing": "save_on_cpu"}),
+    "hqq liger": _over("hqq", LONGER, {"kernels": ["liger"]}),
+    "awq liger": _over("awq", FP16, LONGER, {"kernels": ["liger"]}),
     "awq 1024 tokens": _over("awq", CHECKPOINTED, {"micro_batch_size": 1, "seq_len": 1024}),
 }
 
