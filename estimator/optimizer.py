@@ -38,3 +38,6 @@ class Optimizer(Section, frozen=True):
         int,
         Meta(ge=1, le=1_000_000, description="Largest dimension that SOAP preconditions."),
     ] = 10_000
+    bf16_stochastic_round: Annotated[
+        bool, Meta(description="torchao rounds updated bf16 weights at random.")
+    ] = False

@@ -497,14 +497,17 @@ def _torchao(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     _refuse_implementation(asked)
     adam = _library("torchao.optim.adam", "torchao", asked)
     kind = {"8bit": "AdamW8bit", "4bit": "AdamW4bit", "fp8": "AdamWFp8"}
-    name = kind[asked.name.removeprefix("adamw_torch_")]
+    name = kind.get(asked.name.removeprefix("adamw_torch_"), "_AdamW")
+    blocks = {} if name == "_AdamW" else {"block_size": 256}
 
     class Compiled(getattr(adam, name)):  # type: ignore[misc]  # torch is not typed here
         def step(self, closure: Any = None) -> Any:
             with _patched(adam.torch, "compile", lambda *_, **__: lambda *_: None):
                 return super().step(closure)
 
-    return Compiled(groups, lr=LEARNING_RATE, block_size=256)
+    return Compiled(
+        groups, lr=LEARNING_RATE, bf16_stochastic_round=asked.bf16_stochastic_round, **blocks
+    )
 
 
 def _muon(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
@@ -722,6 +725,7 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "galore_adafactor": _galore,
     "apollo_adamw": _apollo,
     "lowmem_adafactor": _lowmem_adafactor,
+    "torchao_adamw": _torchao,
     "adamw_torch_8bit": _torchao,
     "adamw_torch_4bit": _torchao,
     "adamw_torch_fp8": _torchao,

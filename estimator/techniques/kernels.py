@@ -148,6 +148,7 @@ def _compiled(run: Run) -> dict[str, bool]:
         "neftune": not settings.neftune,
         "use_cache": not settings.keeps_cache,
         "loop.keep_outputs": not run.keeps_outputs,
+        "loop.logits_to_keep": run.kept_logits == 0,
         "another loss or framework than that of transformers 5": run.loss == "transformers-5",
         "quantization": not any(each.format for each in linears),
         "products in 8-bit floats": not any(each.product for each in linears),

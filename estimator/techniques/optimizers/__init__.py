@@ -42,6 +42,10 @@ REFUSED: Final[dict[str, str]] = {
     "adamw_torch_xla": "it runs on XLA devices only; use 'adamw_torch_fused'",
     "adamw_torch_npu_fused": "it runs on NPUs only; use 'adamw_torch_fused'",
     "adamw_anyprecision": "torchdistx is no longer released; use 'adamw' with bf16 weights",
+    "torchao_cpu_offload": "what torchao keeps in host memory is not described yet; use "
+    "'adamw_torch_4bit', or 'paged_adamw_8bit', whose states the driver moves",
+    "deepspeed_cpu_adam": "DeepSpeed's optimizer in host memory comes with ZeRO-Offload, which is "
+    "not described yet; use 'paged_adamw_8bit', whose states the driver moves",
     "sophia": "its estimate of the Hessian needs a second backward pass, which is not described "
     "yet; 'adamw' has states of the same size",
     "scalable_shampoo": "its preconditioners are in blocks, and its iteration stops by values; use "

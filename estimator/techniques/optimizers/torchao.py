@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from estimator.sources import Cite
-from estimator.techniques.optimizers.row import FP32, OptimizerRow, State, Trained
+from estimator.techniques.optimizers.row import FP32, OptimizerRow, State, Trained, same
 from estimator.techniques.optimizers.temporaries import nothing
 
 # The Trainer's block for both; below the smallest size, or off the block, states are plain.
@@ -53,14 +53,34 @@ def _row(file: str, bits: int, levels: int) -> OptimizerRow:
         for part, size in (("codes", _moment(bits)), ("scale", _scale), ("qmap", _qmap(levels)))
         if part != "qmap" or levels
     ]
-    note = (
-        "the step of torchao's optimizers is compiled by inductor for each shape; what its kernels "
-        "hold beside the states is not counted"
-    )
-    return OptimizerRow(tuple(states), {"fused": nothing}, "fused", _BASE, note=note)
+    return _compiled(tuple(states))
+
+
+def _plain() -> OptimizerRow:
+    """Return torchao's AdamW without codes: both moments in the type of the weight."""
+    source = Cite("torchao", "optim/adam.py, _AdamW")
+    return _compiled((State("exp_avg", same, source), State("exp_avg_sq", same, source)))
+
+
+def _compiled(states: tuple[State, ...]) -> OptimizerRow:
+    """Return a row with torchao's step, which may round bf16 weights at random.
+
+    The random numbers and the bits of the update are values inside the compiled step.
+
+    Source: torchao, optim/adam.py, single_param_adam.
+    """
+    knobs = ("bf16_stochastic_round",)
+    return OptimizerRow(states, {"fused": nothing}, "fused", _BASE, knobs=knobs, note=_NOTE)
+
+
+_NOTE: Final = (
+    "the step of torchao's optimizers is compiled by inductor for each shape; what its kernels "
+    "hold beside the states, random numbers for stochastic rounding included, is not counted"
+)
 
 
 TORCHAO: Final[dict[str, OptimizerRow]] = {
+    "torchao_adamw": _plain(),
     "adamw_torch_8bit": _row("subclass_8bit.py, OptimState8bit", 8, 256),
     "adamw_torch_4bit": _row("subclass_4bit.py, OptimState4bit", 4, 16),
     "adamw_torch_fp8": _row("subclass_fp8.py, OptimStateFp8", 8, 0),

@@ -50,11 +50,27 @@ RECIPES: Final[dict[str, Document]] = {
     "logits of 300 positions, capped": {
         "loop": {"logits_to_keep": 300}, "gradient_accumulation_steps": 2,
     },
+    "stochastic rounding": {
+        **SHORT, "optimizer": {"name": "torchao_adamw", "bf16_stochastic_round": True},
+    },
+    "stochastic rounding 8-bit checkpointed": {
+        **SHORT, "activation_checkpointing": "full",
+        "optimizer": {"name": "adamw_torch_8bit", "bf16_stochastic_round": True},
+    },
+    "stochastic rounding lora": {
+        **SHORT, **LORA, "optimizer": {"name": "torchao_adamw", "bf16_stochastic_round": True},
+    },
+    "stochastic rounding accumulation": {
+        **SHORT, "gradient_accumulation_steps": 2,
+        "optimizer": {"name": "adamw_torch_4bit", "bf16_stochastic_round": True},
+    },
     "no clipping": {**SHORT, **FUSED, "loop": {"max_grad_norm": 0}},
 }  # fmt: skip
 MODELS: Final[dict[str, str]] = {
     "clipping amp accumulation": "gpt2",
     "loss scaling without clipping": "gpt2",
+    "stochastic rounding 8-bit checkpointed": "gpt2",
+    "stochastic rounding accumulation": "llama-tied",
     "average of weights amp checkpointed": "gpt2",
     "average of weights, tied, accumulation": "llama-tied",
     "logits of 300 positions amp": "gpt2",
