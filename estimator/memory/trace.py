@@ -29,6 +29,7 @@ from estimator.eager.tensor import (
     TensorKind,
     view,
 )
+from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import FusedLoss
 from estimator.memory.loss import LOSSES, MeasuredLoss
 from estimator.memory.smoothed_loss import LabelSmoothing
@@ -278,7 +279,9 @@ def _forward(
         tape.enter(last + 2)
         with tape.module("loss"):
             loss = how(forward, hidden, forward.caller_names.get("labels", batch[-1]))
-            loss = _with_term(forward, kinds, loss)
+            # TRL makes this loss outside the model, which then adds nothing to it.
+            if not isinstance(how, ChunkedHead):
+                loss = _with_term(forward, kinds, loss)
         forward.caller_names.clear()
         return loss, _Outputs([], alive)
     logits = how.outputs(family.logits(forward, _last_positions(run, hidden)))

@@ -79,6 +79,7 @@ RECIPES: Final[dict[str, Document]] = {
     "adalora conv1d": ADALORA_ALL,
     "adalora biases": {**ADALORA_ALL, **CHECKPOINTED},
     "adalora smoothed": {**ADALORA, "loop": {"label_smoothing_factor": 0.1}},
+    "adalora with trl": {**ADALORA, "software": "trl"},
     "adalora fused loss": {**ADALORA, "loss": "fused_linear"},
     "trainable tokens": TOKENS,
     "trainable tokens checkpointed": {**TOKENS, **CHECKPOINTED},
