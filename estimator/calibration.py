@@ -104,6 +104,13 @@ COMPILED: Final = Spread(
 )  # fmt: skip
 
 
+RECORDED: Final = Assumption(
+    "reduce-overhead and max-autotune record CUDA graphs in a pool of their own: at most, all that "
+    "the optimizer's step takes beside the gradients comes on top of the peak; what tuned kernels "
+    "save or take is not known before they are tried on the card"
+)
+
+
 def compiled_range(compiled: Range, eager: Range) -> Range:
     """Return the range of a compiled run, whose high end is never below the eager run's."""
     low = min(compiled.low, round(compiled.expected * COMPILED.low))

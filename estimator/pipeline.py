@@ -13,6 +13,7 @@ from estimator.breakdown import Highest, View, assumptions, outside
 from estimator.calibration import (
     COMPILED,
     HANDLES,
+    RECORDED,
     DeviceConstants,
     allocated_range,
     compiled_range,
@@ -37,6 +38,7 @@ from estimator.request import EstimateRequest
 from estimator.resolve import check_gpu, check_length, check_tokens, resolve
 from estimator.result import Capacity, Limits, Parameters, Peak, Range, Result, Verdict
 from estimator.run import Run
+from estimator.techniques.kernels import COMPILATIONS
 from estimator.techniques.software import profile
 from estimator.verdict import judge
 
@@ -60,18 +62,21 @@ class Reading(Struct, frozen=True):
         moment: the highest moment.
         allocated: its bytes in whole blocks, each of the size that a fresh segment would give.
         eager: what the same run needs uncompiled, in blocks; None where nothing is compiled.
+        unpooled: what may come on top because CUDA graphs keep their pool to themselves.
     """
 
     moment: Moment
     allocated: int
     eager: int | None = None
+    unpooled: int = 0
 
     def needed(self, constants: DeviceConstants) -> Range:
         """Return the least device memory with which the run does not run out."""
         needed = needed_range(self.allocated, constants)
         if self.eager is None:
             return needed
-        return compiled_range(needed, needed_range(self.eager, constants))
+        found = compiled_range(needed, needed_range(self.eager, constants))
+        return Range(found.low, found.expected, found.high + self.unpooled)
 
 
 class Engine:
@@ -158,9 +163,18 @@ class Engine:
         allocated = rounded_bytes(top, at) + self.handles * constants.cublas_workspace
         if self.eager is None:
             return Reading(top, allocated)
-        return Reading(
-            top, allocated, self.eager.read(micro_batch_size, seq_len, constants).allocated
-        )
+        eager = self.eager.read(micro_batch_size, seq_len, constants).allocated
+        return Reading(top, allocated, eager, self._unpooled(micro_batch_size, seq_len))
+
+    def _unpooled(self, micro_batch_size: int, seq_len: int) -> int:
+        """Bytes of the moments behind backward that a pool of CUDA graphs cannot serve."""
+        if not self.run.settings.cuda_graphs:
+            return 0
+        at = powers(*self.numbers(micro_batch_size, seq_len))
+        after = [each.bytes_at(at) for each in self.step(micro_batch_size, seq_len).moments]
+        names = [each.name for each in self.step(micro_batch_size, seq_len).moments]
+        end = names.index("end of backward")
+        return max(after[end:]) - after[end]
 
     def verdict(self, micro_batch_size: int, seq_len: int, device: Device) -> Verdict:
         """Return whether one micro-batch and length fits on a device."""
@@ -278,7 +292,7 @@ def _engine(asked: _Asked) -> Engine:
 
 def _uncompiled(request: EstimateRequest) -> EstimateRequest:
     """Return the same request for the eager step."""
-    kernels = tuple(each for each in request.kernels if each != "compile")
+    kernels = tuple(each for each in request.kernels if each not in COMPILATIONS)
     return structs.replace(request, kernels=kernels)
 
 
@@ -320,6 +334,10 @@ def answer(
         allocated = compiled_range(allocated, eager.allocated_bytes)
         reserved = compiled_range(reserved, eager.reserved_bytes)
         reasons = (COMPILED.reason.reason, *reasons)
+        if engine.run.settings.cuda_graphs:
+            unpooled = engine.read(b, s, device.constants).unpooled
+            reserved = Range(reserved.low, reserved.expected, reserved.high + unpooled)
+            reasons = (RECORDED.reason, *reasons)
     host = engine.step(b, s).pinned_bytes(at) + average_host_bytes(engine.run)
     spec = engine.run.spec
     total = spec.total_parameters()

@@ -206,14 +206,15 @@ def loss(logits: Tensor, labels: Tensor, vocab: Dim) -> Tensor:
     The logits are an output of the forward graph, so the backward graph is handed a gradient for
     them: zeros, as nobody uses them.
 
-    Under autocast the outputs are another tensor, so the gradient is written over the logits.
+    Under autocast the outputs are another tensor, so the gradient is written over the logits, if
+    its rows need no padding.
 
     Shapes:
         saved: logits             [b, s, V]  their own memory
         saved: maxima, log-sums   [b, s]     4 bytes each
         saved: labels, shifted    [b, s]     8 bytes; really s + 1 positions
         zeros for the logits      [b, s, V]  width of the outputs' logits
-        gradient of the logits    [b, s, V]  width of the logits, where they are the outputs; rows
+        gradient of the logits    [b, s, V]  width of the logits, unless written over them; rows
                                              padded
 
     Source: torch-partitioner, min_cut_rematerialization_partition; torch-inductor, scheduler.py,
@@ -229,8 +230,8 @@ def loss(logits: Tensor, labels: Tensor, vocab: Dim) -> Tensor:
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         shape, dtype = node.meta_of(0)
         zeros = node.scratch("zeros for the logits", shape, dtype if handed_out else F32, _TANGENTS)
-        if handed_out:
-            wide = (*shape[:-1], padded(shape[-1], dtype))
+        wide = (*shape[:-1], padded(shape[-1], dtype))
+        if handed_out or wide != shape:
             grad = node.new_grad(0, wide, source=_FUSED)
         else:
             grad = reshaped(saved[0], shape)

@@ -39,6 +39,7 @@ class Settings(Struct, frozen=True):
         foak: fms-acceleration's run norms and rotary positions.
         neftune: noise is added to what the embeddings have looked up.
         compiled: torch.compile has compiled the model as a whole.
+        cuda_graphs: the compiled graphs are recorded, in a pool of memory of their own.
     """
 
     attention: str = "sdpa"
@@ -50,6 +51,7 @@ class Settings(Struct, frozen=True):
     foak: bool = False
     neftune: bool = False
     compiled: bool = False
+    cuda_graphs: bool = False
 
     @property
     def is_flash(self) -> bool:
@@ -196,8 +198,7 @@ class Forward:
 
     def _row(self, module: Linear) -> Dim:
         """Return the width of a compiled product's rows; what is handed out has no padding."""
-        handed_out = module.name == self.spec.head.name and self.tape.autocast is None
-        if handed_out:
+        if module.name == self.spec.head.name:
             return module.fan_out
         return compiled.padded(module.fan_out, self.tape.autocast or self.dtype)
 

@@ -106,9 +106,14 @@ def _with_fused_adapters(spec: ModelSpec) -> ModelSpec:
 
 
 class Compile(Struct, frozen=True):
-    """torch.compile of the whole model in its default mode, as the Trainer's `torch_compile`."""
+    """torch.compile of the whole model, as the Trainer's `torch_compile` asks for it.
+
+    Args:
+        cuda_graphs: the mode, `reduce-overhead` or `max-autotune`, records CUDA graphs.
+    """
 
     stage: ClassVar[Stage] = Stage.COMPILE
+    cuda_graphs: bool = False
 
     def apply(self, run: Run) -> Run:
         """Let the model and its loss run as two compiled graphs.
@@ -124,7 +129,8 @@ class Compile(Struct, frozen=True):
                     f"kernels 'compile' have no sourced answer with {what} here yet; leave "
                     "'compile' out: the eager step bounds most compiled ones"
                 )
-        return replace(run, loss="compiled", settings=replace(run.settings, compiled=True))
+        settings = replace(run.settings, compiled=True, cuda_graphs=self.cuda_graphs)
+        return replace(run, loss="compiled", settings=settings)
 
 
 def _compiled(run: Run) -> dict[str, bool]:
@@ -135,7 +141,7 @@ def _compiled(run: Run) -> dict[str, bool]:
     full, lora = _is_full(spec), _is_lora(spec)
     linears = [each for each, _ in spec.module_counts() if isinstance(each, Linear)]
     stored = spec.embeddings[0].dtype
-    bare = full and how is None and run.autocast is None and stored is DType.BFLOAT16
+    bare = full and run.autocast is None and stored is DType.BFLOAT16
     return {
         f"{spec.model_type} models (known: {known})": spec.model_type in COMPILED_MODEL_TYPES,
         "a sliding window": all(kind.sliding_window is None for kind in spec.kinds),
@@ -143,7 +149,7 @@ def _compiled(run: Run) -> dict[str, bool]:
         "dropout of attention weights": not any(
             kind.facts.get("attention_dropout", 0.0) for kind in spec.kinds
         ),
-        "padding or packing": not (settings.padding or settings.packing),
+        "packing": not settings.packing,
         "other kernels": not (settings.liger or settings.foak),
         "neftune": not settings.neftune,
         "use_cache": not settings.keeps_cache,
@@ -166,9 +172,8 @@ def _compiled(run: Run) -> dict[str, bool]:
         "checkpointing other than full": plainly and not run.reentrant,
         # Python holds the outputs in a circle there, until its collector comes by.
         "checkpointing of LoRA under autocast": full or how is None or run.autocast is None,
-        f"anything but full bf16 training of {spec.model_type} models, without checkpointing": (
-            spec.model_type == "llama" or bare
-        ),
+        f"checkpointing of {spec.model_type} models": spec.model_type == "llama" or how is None,
+        "anything but full bf16 training of qwen2 models": spec.model_type != "qwen2" or bare,
         "biases in llama models": spec.model_type != "llama"
         or not any(each.bias for each in linears),
     }
@@ -191,7 +196,7 @@ def _is_lora(spec: ModelSpec) -> bool:
     )
 
 
-# Compared with the dry run; of those behind the first only the plainest recipe.
+# Compared with the dry run; of those behind the first not every recipe.
 COMPILED_MODEL_TYPES: Final = ("llama", "qwen2", "qwen3")
 
 # monkey_patch.py of Liger, apply_liger_kernel_to_*.
@@ -200,4 +205,10 @@ MODEL_TYPES: Final = frozenset(
 )
 ACTIVATIONS: Final = frozenset({"silu", "swish", "gelu_pytorch_tanh"})
 
-KERNELS: Final[dict[str, Technique]] = {"liger": Liger(), "foak": Foak(), "compile": Compile()}
+# The modes of torch.compile: torch-inductor, __init__.py, list_mode_options.
+COMPILATIONS: Final[dict[str, Technique]] = {
+    "compile": Compile(),
+    "compile_reduce_overhead": Compile(cuda_graphs=True),
+    "compile_max_autotune": Compile(cuda_graphs=True),
+}
+KERNELS: Final[dict[str, Technique]] = {"liger": Liger(), "foak": Foak(), **COMPILATIONS}
