@@ -192,6 +192,7 @@ ASKED: Final = (
     "/precision",
     "/autocast",
     "/fp8/name",
+    "/qat/name",
     "/fp8/recipe",
     "/fp8/fp8_format",
     "/optimizer/name",

@@ -74,6 +74,7 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--precision", "/precision", "Storage of the weights; amp_*: fp32 with autocast."),
         Flag("--autocast", "/autocast", "Autocast over stored weights: Trainer's bf16=True."),
         Flag("--fp8", "/fp8/name", "Products of linear layers in 8-bit floats, by which library."),
+        Flag("--qat", "/qat/name", "Train weights that are rounded on the way (QAT)."),
         Flag("--optimizer", "/optimizer/name", "Our name or that of TrainingArguments.optim."),
         Flag(
             "--optimizer-implementation",
@@ -157,7 +158,7 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
 # Spellings that the request accepts beside a field's own choices and writes out itself.
 _SHORT_CHOICES: Final[dict[str, tuple[str, ...]]] = {"/method/name": tuple(METHOD_ALIASES)}
 # Sections that exist in several kinds: the flag that names the kind decides which fields there are.
-_KINDS: Final = ("method", "quantization", "fp8", "optimizer")
+_KINDS: Final = ("method", "quantization", "fp8", "qat", "optimizer")
 
 
 class Field(Struct, frozen=True):
@@ -253,6 +254,7 @@ _DERIVED: Final = {
     "method": "Method",
     "quantization": "Method",
     "fp8": "Precision and optimizer",
+    "qat": "Precision and optimizer",
     "optimizer": "Precision and optimizer",
 }
 FLAG_GROUPS: Final = _with_derived(_DECLARED)
@@ -470,7 +472,7 @@ def overlay(document: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
         section, *inner = pointer.strip("/").split("/")
         if section in _KINDS and inner == ["name"]:
             continue
-        if section in ("method", "quantization", "fp8"):
+        if section in ("method", "quantization", "fp8", "qat"):
             _refuse_unless_chosen(pointer, out.get(section))
         _put(out, (section, *inner), value)
     return out
@@ -502,8 +504,8 @@ def _refuse_unless_chosen(pointer: str, section: Any) -> None:
             raise click.UsageError(f"{flag.option} needs {listed}")
     if name == "quantization" and section is None:
         raise click.UsageError(f"{flag.option} needs --quantization nf4, or --method qlora")
-    if name == "fp8" and section is None:
-        raise click.UsageError(f"{flag.option} needs --fp8 torchao")
+    if name in ("fp8", "qat") and section is None:
+        raise click.UsageError(f"{flag.option} needs --{name} torchao")
 
 
 def _methods_with(field: str) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ from estimator.techniques.methods.prompt_tuning import PromptTuning
 from estimator.techniques.methods.trainable_tokens import TrainableTokens
 from estimator.techniques.methods.vblora import VbLora
 from estimator.techniques.methods.vera import Vera
+from estimator.techniques.qat import Torchao as Qat
 from estimator.techniques.quantization import Quantization as AnyQuantization
 from estimator.techniques.quantizations.awq import AwqQuantization
 from estimator.techniques.quantizations.four_bit import Fp4, Nf4
@@ -182,6 +183,7 @@ class EstimateRequest(Section, frozen=True):
     ] = "bf16"
     autocast: Literal["bf16", "fp16"] | None = None
     fp8: Fp8 | None = None
+    qat: Qat | None = None
     optimizer: Optimizer = Optimizer()
     micro_batch_size: Annotated[int, Meta(ge=1, le=MAX_MICRO_BATCH_SIZE)] = 1
     seq_len: Annotated[int, Meta(ge=1, le=MAX_SEQ_LEN)] = 2048
@@ -332,6 +334,7 @@ SHORT_FORMS: Final[dict[str, str]] = {
     "method": "name",
     "quantization": "name",
     "fp8": "name",
+    "qat": "name",
     "optimizer": "name",
     "parallelism": "strategy",
     "hardware": "gpu",
@@ -516,7 +519,7 @@ def _unknown_field(name: str) -> str:
 def known_fields() -> set[str]:
     """Return the name of every field of the request, at any depth."""
     sections: list[type[Section]] = [
-        EstimateRequest, *METHODS, *QUANTIZATIONS, *FP8_LIBRARIES, Optimizer, Loop, Parallelism,
-        Hardware, Software, CpuOffload,
+        EstimateRequest, *METHODS, *QUANTIZATIONS, *FP8_LIBRARIES, Qat, Optimizer, Loop,
+        Parallelism, Hardware, Software, CpuOffload,
     ]  # fmt: skip
     return {name for section in sections for name in section.__struct_fields__} | {"name"}

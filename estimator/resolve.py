@@ -219,6 +219,8 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
     chosen += [KERNELS[each] for each in request.kernels]
     if request.fp8 is not None:
         chosen.append(request.fp8)
+    if request.qat is not None:
+        chosen.append(request.qat)
     if request.loop.label_smoothing_factor:
         chosen.append(Smoothing())
     if request.loss in FUSED_LOSSES:

@@ -333,6 +333,14 @@ def _fp8(current: EstimateRequest, asked: EstimateRequest) -> _Change | None:
     return _Change({"fp8": asked.fp8}, f"fp8 {name}", "changes training", price)
 
 
+def _qat(current: EstimateRequest, asked: EstimateRequest) -> _Change | None:
+    if current.qat == asked.qat:
+        return None
+    name = "none" if asked.qat is None else asked.qat.name
+    price = "weights and inputs are rounded before each product"
+    return _Change({"qat": asked.qat}, f"qat {name}", "changes training", price)
+
+
 _SAME: Final = "the same numbers up to rounding"
 ORDER: Final[tuple[ChangeOf, ...]] = (
     _field("attention", "none", _SAME),
@@ -347,4 +355,5 @@ ORDER: Final[tuple[ChangeOf, ...]] = (
     _method,
     _quantization,
     _fp8,
+    _qat,
 )

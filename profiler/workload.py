@@ -33,6 +33,7 @@ from profiler import (
     losses,
     methods,
     optimizers,
+    qat,
     quantized,
     trace,
     trl_metrics,
@@ -224,6 +225,7 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
         _import("peft")
     model = methods.trained(model, request)
     float8.convert(model, request)
+    qat.convert(model, request)
     how = parse_checkpointing(request.activation_checkpointing)
     if how is not None:
         if how.reentrant is None:

@@ -30,6 +30,7 @@ from estimator.request import (
 from estimator.section import Kind
 from estimator.techniques.execution import CHECKPOINTING
 from estimator.techniques.optimizers import OPTIMIZERS
+from estimator.techniques.qat import Torchao as Qat
 
 CONFIG: Final = "config"
 # A query is part of the address: servers and browsers refuse addresses much longer than this.
@@ -227,6 +228,7 @@ def _that_apply(given: Mapping[str, Any]) -> dict[str, Any]:
     of_kinds = {
         "quantization": _fields(QUANTIZATIONS).get(str(quantization), frozenset()),
         "fp8": _fields(FP8_LIBRARIES).get(str(given.get("/fp8/name")), frozenset()),
+        "qat": _fields((Qat,)).get(str(given.get("/qat/name")), frozenset()),
     }
     kept = {}
     for pointer, value in given.items():

@@ -389,6 +389,9 @@ class ModelSpec(Struct, frozen=True, eq=False):
         if self.tied and self.head.adapter is not None:
             for weight in self.head.adapter.weights(self.head):
                 yield self.head, weight, 1
+        if self.tied and self.head.product is not None:
+            for weight in self.head.product.weights(self.head):
+                yield self.head, weight, 1
 
     def total_parameters(self) -> int:
         """Count all parameters; tied tensors once, packed ones by what they stand for."""

@@ -194,6 +194,7 @@ def _run(request: dict[str, Any]) -> str:
         str(request.get("precision", "")),
         f"autocast {request['autocast']}" if request.get("autocast") else "",
         part("fp8", "name", "recipe"),
+        "qat" if request.get("qat") else "",
         part("optimizer", "name", "implementation"),
         f"micro-batch {batch} × {length} tokens" if batch and length else "",
         f"checkpointing {request.get('activation_checkpointing', 'none')}",

@@ -30,7 +30,7 @@ class Fp8(Kind, frozen=True):
 
 
 def refuse_unknown(run: Run, name: str) -> None:
-    """Refuse what no source describes beside 8-bit products.
+    """Refuse what no source describes beside layers of another class.
 
     Raises:
         UnsupportedCombinationError: by name, with what to use instead.

@@ -41,6 +41,7 @@ FROZEN_FLAGS = """
 --quantization-axis
 --precision --autocast
 --fp8 --fp8-recipe --fp8-pad-inner-dim --fp8-filter-fqns --fp8-fp8-format --fp8-amax-history-len
+--qat --qat-weight-dtype --qat-activation-dtype --qat-group-size
 --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --optimizer-rank --optimizer-scale-type --optimizer-max-precondition-dim

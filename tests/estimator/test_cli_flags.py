@@ -158,6 +158,8 @@ def test_every_flag_gives_a_value_that_the_request_accepts(flag, option):
     if flag.pointer.startswith("/fp8/"):
         libraries = (kind().name for kind in FP8_LIBRARIES if field in kind.__struct_fields__)
         chosen["/fp8/name"] = next(libraries, "torchao")
+    if flag.pointer.startswith("/qat/"):
+        chosen["/qat/name"] = "torchao"
     parse_flagged(overlay({}, {**chosen, flag.pointer: _value_typed_for(option)}), ())
 
 

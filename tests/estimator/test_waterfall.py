@@ -130,6 +130,7 @@ def test_every_field_of_the_request_is_work_or_a_technique():
     asked = {"optimizer": "lion", "precision": "fp32", "autocast": "bf16", "method": "qlora"}
     asked |= {"activation_checkpointing": "full", "attention": "sdpa", "loss": "chunked"}
     asked |= {"kernels": ["liger"], "loop": {"use_cache": True}, "fp8": "torchao"}
+    asked |= {"qat": "torchao"}
     full = parse_request({"model": LLAMA_7B, **asked})
     naive = EstimateRequest(model=LLAMA_7B, **NAIVE)
     reached = {"autocast"}
