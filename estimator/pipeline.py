@@ -28,6 +28,7 @@ from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.allocator import charge
 from estimator.memory.average import average_host_bytes
+from estimator.memory.hessian_pass import hessian_pass
 from estimator.memory.loss import LOSSES, MeasuredLoss
 from estimator.memory.replay import Blocks, blocks
 from estimator.memory.standing import managed_bytes
@@ -128,7 +129,12 @@ class Engine:
         """Return the moments of the step in the regime of this micro-batch and length."""
         regime = self._regime(micro_batch_size, seq_len)
         if regime not in self._steps:
-            self._steps[regime] = compile_step(self.run, self._trace(regime))
+            second = hessian_pass(self.run)
+            self._steps[regime] = compile_step(
+                self.run,
+                self._trace(regime),
+                trace(second, regime) if second is not None else None,
+            )
         return self._steps[regime]
 
     def _trace(self, regime: Regime) -> Trace:

@@ -239,7 +239,6 @@ OPTIM_ALIASES: Final[dict[str, dict[str, Any]]] = {
     "adammini": {"name": "adam_mini"},
     "adam-mini": {"name": "adam_mini"},
     "sophiag": {"name": "sophia"},
-    "sophiah": {"name": "sophia"},
     "scalableshampoo": {"name": "scalable_shampoo"},
     "sgd_momentum": {"name": "sgd", "momentum": 0.9},
 }

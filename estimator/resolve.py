@@ -45,6 +45,8 @@ def resolve(request: EstimateRequest, config: Mapping[str, Any], name: str) -> R
     _refuse_unsupported(request, optimizer)
     spec = _read_model(request, config, name)
     _refuse_contradictions(request, optimizer)
+    if OPTIMIZERS[optimizer.name].estimates_hessian:
+        _refuse_beside_hessian(request, optimizer)
     bare = Run(spec=spec, settings=Settings(), optimizer=optimizer)
     run = apply_all(_techniques(request, optimizer), bare)
     if run.spec.trainable_parameters() == 0:
@@ -311,6 +313,36 @@ def _refuse_contradictions(request: EstimateRequest, optimizer: OptimizerChoice)
             "an optimizer in backward drops each gradient as soon as it has been used, and leaves "
             "nothing to accumulate into; set gradient_accumulation_steps to 1"
         )
+
+
+def _refuse_beside_hessian(request: EstimateRequest, optimizer: OptimizerChoice) -> None:
+    """Refuse what the pass that estimates the Hessian was not compared with."""
+    software, loop = request.software, request.loop
+    unknown = {
+        f"method {request.method.name!r}": request.method.name not in ("full", "lora"),
+        f"loss {request.loss!r}": request.loss != "standard",
+        f"kernels {list(request.kernels)}": bool(request.kernels),
+        "fp8": request.fp8 is not None,
+        "packing": request.packing,
+        "optimizer.in_backward": optimizer.in_backward,
+        "autocast 'fp16'": request.autocast == "fp16",
+        "loop.label_smoothing_factor": loop.label_smoothing_factor > 0,
+        "loop.logits_to_keep": loop.logits_to_keep > 0,
+        "loop.set_to_none=false": not loop.set_to_none,
+        "loop.neftune_noise_alpha": loop.neftune_noise_alpha is not None,
+        "loop.use_cache": loop.use_cache,
+        "loop.keep_outputs": loop.keep_outputs,
+        "loop.ema": loop.ema is not None,
+        f"software {software.framework!r} {software.version!r}": (
+            (software.framework, software.version) != ("transformers", "5")
+        ),
+    }
+    for what, asked in unknown.items():
+        if asked:
+            raise UnsupportedCombinationError(
+                f"optimizer {optimizer.name!r} has a pass that estimates the Hessian, which has no "
+                f"sourced answer here with {what}; leave it at its default, or use 'adamw'"
+            )
 
 
 def _refuse_without_backward(request: EstimateRequest) -> None:

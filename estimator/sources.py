@@ -84,6 +84,21 @@ SOURCES: Final[dict[str, Source]] = {
         "PyTorch 2.13.0, allocator of pinned host memory",
         f"{_TORCH}/aten/src/ATen/core/CachingHostAllocator.h",
     ),
+    "torch-categorical": Source(
+        "code",
+        "PyTorch 2.13.0, categorical distributions",
+        f"{_TORCH}/torch/distributions/categorical.py",
+    ),
+    "torch-multinomial": Source(
+        "code",
+        "PyTorch 2.13.0, sampling of categories",
+        f"{_TORCH}/aten/src/ATen/native/Distributions.cpp",
+    ),
+    "torch-logsumexp": Source(
+        "code",
+        "PyTorch 2.13.0, logarithm of a sum of exponentials",
+        f"{_TORCH}/aten/src/ATen/native/ReduceOps.cpp",
+    ),
     "torch-meta": Source(
         "code",
         "PyTorch 2.13.0, what an operator asks of its inputs",
@@ -197,6 +212,12 @@ SOURCES: Final[dict[str, Source]] = {
         "code",
         "lion-pytorch 0.2.5, Lion",
         "https://github.com/lucidrains/lion-pytorch/blob/0.2.5/lion_pytorch",
+    ),
+    "sophia": Source(
+        "code",
+        "Liuhong99/Sophia at commit a7e157229b71, SophiaG and its training script; sophia-opt "
+        "0.2.2 holds the same sophia.py",
+        "https://github.com/Liuhong99/Sophia/tree/a7e157229b71d58cf995d32854f1be15c265b350",
     ),
     "schedulefree": Source(
         "code",

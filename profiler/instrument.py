@@ -107,6 +107,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         self._deaths: dict[int, weakref.ref[Any]] = {}
         self._index: dict[int, int] = {}
         self._phase = trace.LOAD
+        self._pass = ""
         self._loss_sequence: int | None = None
         self._parents: dict[int, tuple[int, ...]] = {}
         self._cublas: set[str] = set()
@@ -123,6 +124,10 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
 
     def phase(self, name: str) -> None:
         """Begin a phase of the step."""
+        if name in (trace.BATCH, trace.ESTIMATE_HESSIAN):
+            self._pass = "Hessian " if name == trace.ESTIMATE_HESSIAN else ""
+        if name == trace.ESTIMATE_HESSIAN:
+            return
         self._places.layer = None
         self._worked_for = NOWHERE
         if name == trace.LOSS_FORWARD:
@@ -414,7 +419,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         # An optimizer's state belongs to its parameter, which may be learnt only after its birth.
         by_owner = is_alloc and self._phase in trace.UPDATES
         layer = None if by_owner else self._places.layer
-        self._events.append(trace.Event(index, is_alloc, self._phase, layer))
+        self._events.append(trace.Event(index, is_alloc, self._pass + self._phase, layer))
 
     def _transients(self, buffers: Iterable[tuple[str, int]], place: Place) -> None:
         """Record the buffers that a kernel takes together and gives back before it returns."""
@@ -453,7 +458,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         index = len(self._records)
         handle = f"cuBLAS handle of the {thread} thread"
         self._records.append(self._workspace(handle, self._workspaces.cublas_bytes, NOWHERE))
-        self._events.append(trace.Event(index, True, self._phase, None))
+        self._events.append(trace.Event(index, True, self._pass + self._phase, None))
 
     def _gradient(self, gradient: torch.Tensor) -> None:
         self.mark(gradient, "gradients")

@@ -24,6 +24,8 @@ _INDEX: Final = torch.ops.aten.index.Tensor
 _MASKED_SELECT: Final = torch.ops.aten.masked_select.default
 # PEFT asks whether VB-LoRA's logits are infinite: those of a new adapter are not.
 _IS_INFINITE: Final = torch.ops.aten.isinf.default
+# torch.distributions asks whether all logits are numbers: they are.
+_IS_ALL_TRUE: Final = torch.ops.aten._is_all_true.default
 _EXACT: Final = (torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32)
 
 
@@ -87,6 +89,10 @@ class KnownValues:
         if func is _IS_INFINITE:
             with unset_fake_temporarily():
                 self._twins[out] = torch.zeros(out.shape, dtype=torch.bool)
+            return
+        if func is _IS_ALL_TRUE:
+            with unset_fake_temporarily():
+                self._twins[out] = torch.ones((), dtype=torch.bool)
             return
         values = [*args, *kwargs.values()]
         known = out.numel() <= _MAX_ELEMENTS and all(map(self._is_known, values))

@@ -461,6 +461,12 @@ def _lion(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     return lion.Lion(groups, lr=LEARNING_RATE)
 
 
+def _sophia(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    """Return the authors' SophiaG; sophia-opt holds their file as it is."""
+    _refuse_implementation(asked)
+    return _library("sophia_opt", "sophia-opt", asked).SophiaG(groups, lr=LEARNING_RATE)
+
+
 def _schedule_free(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return an optimizer of schedulefree in train mode, as the Trainer puts it; it is foreach."""
     _refuse_implementation(asked)
@@ -710,6 +716,7 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "sgd": _sgd,
     "adafactor": _adafactor,
     "lion": _lion,
+    "sophia": _sophia,
     "muon": _muon,
     "adam_mini": _adam_mini,
     "lamb": _lamb,

@@ -24,9 +24,12 @@ LOSS_BACKWARD: Final = "loss backward"
 BACKWARD: Final = "backward"
 GRADIENT_CLIPPING: Final = "gradient clipping"
 OPTIMIZER_STEP: Final = "optimizer step"
+# What follows is the pass that estimates the Hessian, until the next batch.
+ESTIMATE_HESSIAN: Final = "estimate of the Hessian"
 # The optimizer's work: from the end of backward on.
 UPDATES: Final = (GRADIENT_CLIPPING, OPTIMIZER_STEP)
 STEP_PHASES: Final = (FORWARD, LOSS_FORWARD, LOSS_BACKWARD, BACKWARD, *UPDATES)
+HESSIAN_PHASES: Final = tuple(f"Hessian {phase}" for phase in STEP_PHASES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ def read(trace: Trace, settings: AllocatorSettings = DEFAULT_SETTINGS) -> Readin
         known = best.get(event.phase)
         if known is None or allocated > known.allocated_bytes:
             best[event.phase] = Point(event.phase, index, live, live_blocks, allocated)
-    points = tuple(best[phase] for phase in STEP_PHASES if phase in best)
+    points = tuple(best[phase] for phase in (*STEP_PHASES, *HESSIAN_PHASES) if phase in best)
     return Reading(points, allocator.stats.peak_reserved_bytes)
 
 

@@ -137,6 +137,26 @@ class Workload:
             self.model.base_model.update_and_allocate(0)
         phase(trace.OPTIMIZER_STEP)
         self.optimizer.zero_grad(set_to_none=self.request.loop.set_to_none)
+        if hasattr(self.optimizer, "update_hessian"):
+            self._estimate_hessian(batches, phase)
+
+    def _estimate_hessian(self, batches: list[dict[str, Any]], phase: PhaseCallback) -> None:
+        """Run the pass that follows some steps of SophiaG."""
+        from profiler import sophia
+        from profiler.checkpointing import forward_context
+
+        phase(trace.ESTIMATE_HESSIAN)
+        micro_batches = self.request.gradient_accumulation_steps
+        with (
+            kernels.running(self.request, self.compute_capability, self.multiprocessors),
+            forward_context(parse_checkpointing(self.request.activation_checkpointing)),
+        ):
+            for inputs in batches[:_MICRO_STEPS]:
+                sophia.backward(self.model, inputs, phase, micro_batches)
+        self._clip(phase)
+        phase(trace.OPTIMIZER_STEP)
+        self.optimizer.update_hessian()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _clip(self, phase: PhaseCallback) -> None:
         """Clip the gradients as `Trainer._clip_grad_norm` does, if any are left.

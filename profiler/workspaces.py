@@ -209,6 +209,30 @@ def safe_softmax(args: tuple[Any, ...], out: Any) -> Buffers:
     yield "scores that are -inf", out.numel()
 
 
+def logsumexp(args: tuple[Any, ...], out: Any) -> Buffers:
+    """Bytes that logsumexp takes beside its result.
+
+    Shapes:
+        maxima, and the test of each against infinity    as the result
+        exponentials                                     as the input
+
+    Source: aten/src/ATen/native/ReduceOps.cpp, logsumexp_out_impl.
+    """
+    tensor = args[0]
+    yield "maxima", out.element_size() * out.numel()
+    yield "exponentials", tensor.element_size() * tensor.numel()
+
+
+def multinomial(args: tuple[Any, ...], _: Any) -> Buffers:
+    """Bytes of the noise that one draw from each row divides the probabilities by.
+
+    Source: aten/src/ATen/native/Distributions.cpp, multinomial_out, `q`.
+    """
+    tensor, samples = args[0], args[1]
+    if samples == 1:
+        yield "exponential noise", tensor.element_size() * tensor.numel()
+
+
 def embedding_backward(args: tuple[Any, ...], _: Any) -> Buffers:
     """Bytes that the backward of one embedding takes beside its gradient.
 
@@ -243,5 +267,7 @@ _TABLE: Final[dict[Any, Callable[[tuple[Any, ...], Any], Buffers]]] = {
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
     aten._safe_softmax.default: safe_softmax,
     aten.embedding_dense_backward.default: embedding_backward,
+    aten.logsumexp.default: logsumexp,
+    aten.multinomial.default: multinomial,
     TO_HOST: copy_to_host,
 }

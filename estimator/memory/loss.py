@@ -12,6 +12,7 @@ from estimator.eager.size import BATCH, SEQ, Dim, dim
 from estimator.eager.tensor import Tensor, view
 from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import CutCrossEntropy, FusedLinear, FusedLoss
+from estimator.memory.sampled_loss import SampledLabels
 from estimator.memory.smoothed_loss import LabelSmoothing
 from estimator.model.litgpt import ChunkedLoss
 from estimator.model.spec import ModelSpec
@@ -124,7 +125,9 @@ _ACCURACY: Final = Cite("trl-sft", "SFTTrainer.compute_loss, shift_logits")
 # shifts the labels. transformers 4.46.3 and 4.48.1: the same function copies
 # `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
 # LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
-AnyLoss = Union[Loss, ChunkedLoss, CompiledLoss, FastLoss, FusedLoss, LabelSmoothing, RecipeLoss]
+AnyLoss = Union[
+    Loss, ChunkedLoss, CompiledLoss, FastLoss, FusedLoss, LabelSmoothing, RecipeLoss, SampledLabels
+]
 LOSSES: Final[dict[str, AnyLoss]] = {
     "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
     "compiled": CompiledLoss(),
@@ -142,4 +145,5 @@ LOSSES: Final[dict[str, AnyLoss]] = {
     "cut_cross_entropy": CutCrossEntropy(),
     "chunked": ChunkedHead(),
     "label_smoothing": LabelSmoothing(),
+    "sampled": SampledLabels(),
 }

@@ -20,6 +20,7 @@ from estimator.memory.caching_allocator import (
     OutOfMemory,
 )
 from estimator.memory.clipping import clipping_temporaries
+from estimator.memory.hessian_pass import HESSIAN, hessian_pass
 from estimator.memory.standing import (
     IMPORTANCE,
     importance_sizes,
@@ -58,24 +59,26 @@ def blocks(
         capacity: what the card leaves to the allocator [bytes], None without a card.
     """
     recording = record(run, regime)
+    second = hessian_pass(run)
+    passes = (recording, *([record(second, regime)] if second is not None else []))
     try:
-        return _replayed(run, _Replayer(recording, at, workspace, capacity))
+        return _replayed(run, passes, _Replayer(recording, at, workspace, capacity))
     except OutOfMemory:
-        return _replayed(run, _Replayer(recording, at, workspace, None))
+        return _replayed(run, passes, _Replayer(recording, at, workspace, None))
 
 
-def _replayed(run: Run, replayer: _Replayer) -> Blocks:
+def _replayed(run: Run, passes: tuple[Recording, ...], replayer: _Replayer) -> Blocks:
     replayer.load(_loaded(run))
     kept = tuple(_states(run))
     temporaries = step_temporaries(run)
     clipping = clipping_temporaries(run)
-    replayer.step()
-    replayer.pass_through("gradient clipping", clipping)
-    replayer.update(kept, temporaries)
-    replayer.highest.clear()
-    replayer.step()
-    replayer.pass_through("gradient clipping", clipping)
-    replayer.update((), temporaries)
+    for states in (kept, ()):
+        replayer.highest.clear()
+        for recording, prefix in zip(passes, ("", HESSIAN), strict=False):
+            replayer.of(recording, prefix)
+            replayer.step()
+            replayer.pass_through("gradient clipping", clipping)
+            replayer.update(*((), ()) if prefix else (states, temporaries))
     return replayer.found()
 
 
@@ -114,12 +117,17 @@ class _Replayer:
     def __init__(
         self, recording: Recording, at: Polynomial, workspace: int, capacity: int | None
     ) -> None:
-        self.recording = recording
-        self.sizes = [kind.size[0] * at[kind.size[1]] for kind in recording.kinds]
+        self.at = at
+        self.of(recording, "")
         self.workspace = workspace
         self.allocator = CachingAllocator(capacity)
         self.warm: set[str] = set()
         self.highest: dict[str, tuple[int, int]] = {}
+
+    def of(self, recording: Recording, prefix: str) -> None:
+        """Go over to another pass of the step, whose moments have names that begin with a word."""
+        self.recording, self.prefix = recording, prefix
+        self.sizes = [kind.size[0] * self.at[kind.size[1]] for kind in recording.kinds]
 
     def load(self, sizes: Iterator[int]) -> None:
         """Allocate what is there before the first step."""
@@ -171,6 +179,7 @@ class _Replayer:
             self.allocator.malloc(("workspace", phase), self.workspace)
 
     def _see(self, name: str, handed: int, asked: int) -> None:
+        name = self.prefix + name
         if handed > self.highest.get(name, (0, 0))[0]:
             self.highest[name] = (handed, asked)
 

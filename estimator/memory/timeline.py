@@ -8,14 +8,15 @@ from functools import cached_property
 from itertools import pairwise
 from operator import ge
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from estimator.eager.size import ZERO, Polynomial
 from estimator.eager.tensor import Instant, Live
 from estimator.memory.average import average_entries
 from estimator.memory.clipping import clipping_entries
+from estimator.memory.hessian_pass import HESSIAN
 from estimator.memory.ledger import Entry, Ledger, Row, formula, polynomial
-from estimator.memory.standing import standing, step_entries
+from estimator.memory.standing import standing, step_entries, step_gradients
 from estimator.memory.trace import Trace
 from estimator.run import Run
 
@@ -119,11 +120,12 @@ class _Place(Struct, frozen=True):
         return Ledger((*self.assembly.alive(self), *self.extra))
 
 
-def compile_step(run: Run, seen: Trace) -> Step:
+def compile_step(run: Run, seen: Trace, second: Trace | None = None) -> Step:
     """Return the moments of a steady-state step, the second step or a later one.
 
     Args:
         seen: a trace of this run, or of one that differs by the optimizer alone.
+        second: a trace of the pass that some steps have behind the optimizer's, if any.
     """
     assembly = _Assembly(seen, standing(run).plus(*average_entries(run)))
     between = [*assembly.forward(), *assembly.metrics(), *assembly.backward()]
@@ -135,11 +137,24 @@ def compile_step(run: Run, seen: Trace) -> Step:
             assembly.after("end of backward", assembly.seen.end, ZERO, ()),
             *(assembly.outside("gradient clipping", each) for each in [clipping] if each),
             assembly.outside("optimizer step", step),
+            *(_hessian_pass(run, second) if second is not None else ()),
         ),
         pinned=tuple(
             (size, count * assembly.times[site]) for (site, size), count in seen.host.items()
         ),
     )
+
+
+def _hessian_pass(run: Run, seen: Trace) -> Iterator[Moment]:
+    """Yield the moments of the pass that estimates the Hessian; the update itself is in place."""
+    assembly = _Assembly(seen, standing(run).plus(*average_entries(run)))
+    for each in (*assembly.forward(), *assembly.backward()):
+        yield structs.replace(each, name=f"{HESSIAN}{each.name}")
+    yield assembly.after(f"end of {HESSIAN}backward", seen.end, ZERO, ())
+    clipping = clipping_entries(run)
+    if clipping:
+        yield assembly.outside(f"{HESSIAN}gradient clipping", clipping)
+    yield assembly.outside(f"{HESSIAN}optimizer step", tuple(step_gradients(run)))
 
 
 class _Assembly:

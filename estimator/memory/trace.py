@@ -32,6 +32,7 @@ from estimator.eager.tensor import (
 from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import FusedLoss
 from estimator.memory.loss import LOSSES, MeasuredLoss
+from estimator.memory.sampled_loss import SampledLabels
 from estimator.memory.smoothed_loss import LabelSmoothing
 from estimator.memory.unroll import NotPeriodicError, shorten, unroll
 from estimator.memory.updates import inside_backward
@@ -199,6 +200,7 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     if tape.update is not None:
         tape.update.finish(tape)
     outputs.held.clear()
+    outputs.names.clear()
     forward.cache.clear()
     tape.batch += [*batch, loss]
     return outputs.alive, tape.reached or backward_saved
@@ -251,11 +253,16 @@ def _input(tape: Tape, name: str, run: Run, kept: int = 0) -> Tensor:
 
 
 class _Outputs:
-    """What the model's output object refers to, and what was alive when it was made."""
+    """What the model's output object refers to, and what was alive when it was made.
 
-    def __init__(self, held: list[Tensor], alive: Live) -> None:
+    Args:
+        names: what the loop's own names keep until backward has ended.
+    """
+
+    def __init__(self, held: list[Tensor], alive: Live, names: list[Tensor] | None = None) -> None:
         self.held = held
         self.alive = alive
+        self.names = names or []
 
 
 def _forward(
@@ -287,8 +294,8 @@ def _forward(
     logits = how.outputs(family.logits(forward, _last_positions(run, hidden)))
     if isinstance(how, RecipeLoss):
         del hidden
-    if isinstance(how, LabelSmoothing):
-        # The model has returned, out of autocast, before the Trainer computes this loss.
+    if isinstance(how, (LabelSmoothing, SampledLabels)):
+        # The model has returned, out of autocast, before the loop computes this loss.
         tape.cast_cache.clear()
         tape.autocast_enabled = False
         del hidden
@@ -297,6 +304,9 @@ def _forward(
         alive = dict(tape.live)
         tape.enter(last + 2)
         with tape.module("loss"):
+            if isinstance(how, SampledLabels):
+                loss, distribution = how.sampled(logits)
+                return loss, _Outputs([], alive, [logits, *distribution])
             return how(logits, batch[2], spec.vocab), _Outputs([logits], alive)
     if run.settings.compiled:
         # Names keep nothing in a compiled graph.

@@ -16,6 +16,7 @@ from estimator.techniques.optimizers.muon import MUON
 from estimator.techniques.optimizers.pytorch_optimizer import PYTORCH_OPTIMIZER
 from estimator.techniques.optimizers.row import OptimizerRow, State, Trained, trained
 from estimator.techniques.optimizers.small_libraries import SMALL_LIBRARIES
+from estimator.techniques.optimizers.sophia import SOPHIA
 from estimator.techniques.optimizers.temporaries import Step, trainer_groups, worst_moment
 from estimator.techniques.optimizers.torch_optim import TORCH
 from estimator.techniques.optimizers.torchao import TORCHAO
@@ -34,6 +35,7 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **SMALL_LIBRARIES,
     **PYTORCH_OPTIMIZER,
     **ADAM_MINI,
+    **SOPHIA,
     **TORCHAO,
 }
 
@@ -46,8 +48,8 @@ REFUSED: Final[dict[str, str]] = {
     "'adamw_torch_4bit', or 'paged_adamw_8bit', whose states the driver moves",
     "deepspeed_cpu_adam": "DeepSpeed's optimizer in host memory comes with ZeRO-Offload, which is "
     "not described yet; use 'paged_adamw_8bit', whose states the driver moves",
-    "sophia": "its estimate of the Hessian needs a second backward pass, which is not described "
-    "yet; 'adamw' has states of the same size",
+    "sophiah": "its estimate of the Hessian is a product with it, which needs a backward pass "
+    "through the backward pass; use 'sophia', which is SophiaG",
     "scalable_shampoo": "its preconditioners are in blocks, and its iteration stops by values; use "
     "'soap' or 'shampoo'",
     "distributed_shampoo": "its preconditioners are in blocks, which is not described yet; use "

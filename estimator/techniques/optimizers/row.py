@@ -138,6 +138,7 @@ class OptimizerRow(Struct, frozen=True):
         groups_itself: its parameter groups are not the Trainer's two.
         spends_gradients: its step drops gradients on the way.
         trains_all: it keeps states of frozen weights too, so that none may be frozen.
+        estimates_hessian: now and then a second pass follows its step, with sampled labels.
         refuses: why it cannot update a tensor, or nothing.
         not_with: values of `precision` that it was not compared with.
     """
@@ -152,6 +153,7 @@ class OptimizerRow(Struct, frozen=True):
     trains_all: bool = False
     groups_itself: bool = False
     spends_gradients: bool = False
+    estimates_hessian: bool = False
     note: str = ""
     refuses: Callable[[Trained], str] = updates_any
     not_with: tuple[str, ...] = ()

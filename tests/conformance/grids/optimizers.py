@@ -102,6 +102,17 @@ RECIPES: Final[dict[str, Document]] = {
     "lion fp32, gpt2": _asked("lion", SHORT, _FP32),
     "lion lora": _asked("lion", SHORT, LORA),
     "lion in backward checkpointed": _in_backward("lion", SHORT, CHECKPOINTED),
+    "sophia": _asked("sophia", SHORT),
+    "sophia, long": _asked("sophia"),
+    "sophia checkpointed, tied": _asked("sophia", CHECKPOINTED),
+    "sophia amp, gpt2": _asked("sophia", {"precision": "amp_bf16"}),
+    "sophia fp32 checkpointed, gpt2": _asked("sophia", CHECKPOINTED, _FP32),
+    "sophia lora": _asked("sophia", LORA),
+    "sophia qlora checkpointed": _asked("sophia", QLORA, CHECKPOINTED),
+    "sophia of micro-batches": _asked(
+        "sophia", {"gradient_accumulation_steps": 4, "padding": True, "attention": "eager"}
+    ),
+    "sophia single row, many layers": _asked("sophia", {"micro_batch_size": 1}, CHECKPOINTED),
     "schedule-free adamw": _asked("schedule_free_adamw", SHORT),
     "schedule-free adamw amp, tied": _asked(
         "schedule_free_adamw", SHORT, {"precision": "amp_bf16"}
@@ -307,6 +318,10 @@ MODELS: Final[dict[str, str]] = {
     "adamw fused master_bf16 checkpointed, tied": "llama-tied",
     "sgd master_bf16, gpt2": "gpt2",
     "lion fp32, gpt2": "gpt2",
+    "sophia checkpointed, tied": "llama-tied",
+    "sophia amp, gpt2": "gpt2",
+    "sophia fp32 checkpointed, gpt2": "gpt2",
+    "sophia single row, many layers": "gemma3",
     "schedule-free adamw amp, tied": "llama-tied",
     "schedule-free sgd fp32, gpt2": "gpt2",
     "lomo fp32 checkpointed, tied": "llama-tied",
@@ -327,6 +342,7 @@ MODELS: Final[dict[str, str]] = {
 
 FAST: Final = frozenset(
     {
+        "sophia checkpointed, tied",
         "adamw single in backward, tied",
         "lomo",
         "bitsandbytes ademamix_8bit, tied",
