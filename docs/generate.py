@@ -235,6 +235,7 @@ _BESIDE: Final[dict[str, dict[str, Any]]] = {
     "HYBRID": {"fp8": {"name": "te"}},
     "E4M3": {"fp8": {"name": "te"}},
     "foak": {"software": {"version": "4"}},
+    "unsloth": {"method": {"name": "lora", "lora_dropout": 0.0}},
 }
 
 

@@ -325,6 +325,11 @@ SOURCES: Final[dict[str, Source]] = {
         "https://github.com/foundation-model-stack/fms-acceleration/tree/876e2ed/plugins/"
         "fused-ops-and-kernels/src/fms_acceleration_foak",
     ),
+    "unsloth": Source(
+        "code",
+        "Unsloth and unsloth_zoo 2026.10.9, the packages on PyPI",
+        "https://github.com/unslothai/unsloth",
+    ),
     "litgpt": Source(
         "code",
         "Lit-GPT of October 2023, its model and its fine-tuning scripts",

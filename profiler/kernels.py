@@ -16,7 +16,7 @@ from profiler import without_kernels
 from profiler.without_kernels import Library, OnCuda
 
 # What is run: none, or one of these by itself.
-SETS: Final[tuple[tuple[str, ...], ...]] = ((), ("liger",), ("compile",))
+SETS: Final[tuple[tuple[str, ...], ...]] = ((), ("liger",), ("unsloth",), ("compile",))
 
 # What each of Liger's kernels is called where its patches are asked for it.
 _LAYERS: Final = ("rope", "rms_norm", "swiglu", "geglu")

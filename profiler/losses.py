@@ -14,7 +14,7 @@ from unittest import mock
 
 from estimator.errors import UnsupportedCombinationError
 from estimator.request import EstimateRequest
-from profiler import trace, without_kernels
+from profiler import trace, unsloth, without_kernels
 from profiler.without_kernels import Library, OnCuda
 
 PhaseCallback = Callable[[str], None]
@@ -207,7 +207,7 @@ _LIGER_KERNELS: Final = ("rope", "rms_norm", "swiglu", "geglu", "layer_norm", "c
 
 def of(request: EstimateRequest) -> Any:
     """Return how the model of a request computes its loss."""
-    return LOSSES[request.loss]
+    return unsloth.UnslothLoss() if unsloth.wanted(request) else LOSSES[request.loss]
 
 
 def _base(model: Any) -> Any:

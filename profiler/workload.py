@@ -37,6 +37,7 @@ from profiler import (
     quantized,
     trace,
     trl_metrics,
+    unsloth,
 )
 from profiler.placement import place
 
@@ -246,6 +247,8 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
     model = methods.trained(model, request)
     float8.convert(model, request)
     qat.convert(model, request)
+    if unsloth.wanted(request):
+        unsloth.fit(model)
     how = parse_checkpointing(request.activation_checkpointing)
     if how is not None:
         if how.reentrant is None:

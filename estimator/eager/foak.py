@@ -14,7 +14,7 @@ _NORM: Final = Cite("fms-foak", "kernels/unsloth/rms_layernorm.py, Fast_RMS_Laye
 _LOSS: Final = Cite("fms-foak", "kernels/unsloth/cross_entropy_loss.py, Fast_CrossEntropyLoss")
 
 
-def rms_norm(x: Tensor, weight: Param) -> Tensor:
+def rms_norm(x: Tensor, weight: Param, source: Cite = _NORM) -> Tensor:
     """RMSNorm in one kernel; its weight gets no gradient, and backward writes over its input.
 
     Shapes:
@@ -23,8 +23,8 @@ def rms_norm(x: Tensor, weight: Param) -> Tensor:
 
     Source: fms-foak, kernels/unsloth/rms_layernorm.py, Fast_RMS_Layernorm.
     """
-    out = x.tape.new("output", x.shape, x.dtype, _NORM)
-    inverse = x.tape.new("1 / rms", x.shape[:-1], F32, _NORM)
+    out = x.tape.new("output", x.shape, x.dtype, source)
+    inverse = x.tape.new("1 / rms", x.shape[:-1], F32, source)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         (grad,) = grads

@@ -14,6 +14,7 @@ from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import CutCrossEntropy, FusedLinear, FusedLoss
 from estimator.memory.sampled_loss import SampledLabels
 from estimator.memory.smoothed_loss import LabelSmoothing
+from estimator.memory.unsloth_loss import UnslothLoss
 from estimator.model.litgpt import ChunkedLoss
 from estimator.model.spec import ModelSpec
 from estimator.model.torchtune import EighthsLoss, OneLoss, RecipeLoss
@@ -141,6 +142,7 @@ LOSSES: Final[dict[str, AnyLoss]] = {
     "torchtune-0.1": OneLoss(),
     "torchtune-0.6": EighthsLoss(),
     "foak": FastLoss(),
+    "unsloth": UnslothLoss(),
     "fused_linear": FusedLinear(),
     "cut_cross_entropy": CutCrossEntropy(),
     "chunked": ChunkedHead(),

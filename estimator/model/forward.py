@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 from msgspec import Struct
 
 from estimator.dtypes import DType
-from estimator.eager import attention, compiled, foak, liger, ops
+from estimator.eager import attention, compiled, foak, liger, ops, unsloth
 from estimator.eager.attention import MASK, PREFIXED_MASK, Heads
 from estimator.eager.checkpoint import Checkpointing, checkpoint
 from estimator.eager.ops import F32
@@ -37,6 +37,7 @@ class Settings(Struct, frozen=True):
         keeps_cache: keys and values stay alive until the outputs do (use_cache).
         liger: Liger's kernels run norms, rotary positions and gated MLPs.
         foak: fms-acceleration's run norms and rotary positions.
+        unsloth: Unsloth's run norms, rotary positions and whole MLPs with their adapters.
         neftune: noise is added to what the embeddings have looked up.
         compiled: torch.compile has compiled the model as a whole.
         cuda_graphs: the compiled graphs are recorded, in a pool of memory of their own.
@@ -49,6 +50,7 @@ class Settings(Struct, frozen=True):
     keeps_cache: bool = False
     liger: bool = False
     foak: bool = False
+    unsloth: bool = False
     neftune: bool = False
     compiled: bool = False
     cuda_graphs: bool = False
@@ -212,6 +214,8 @@ class Forward:
                 return liger.rms_norm(x, self.norm_weight(name), in_place=True)
             if self.settings.foak:
                 return foak.rms_norm(x, self.norm_weight(name))
+            if self.settings.unsloth:
+                return foak.rms_norm(x, self.norm_weight(name), unsloth.NORM)
             if self.settings.compiled:
                 return compiled.rms_norm(x, self.norm_weight(name))
             hidden = ops.cast(x, F32)
@@ -352,6 +356,8 @@ class Forward:
         with self.tape.module(name):
             if self.settings.liger or self.settings.foak:
                 return liger.rope(q, k, cos, sin)
+            if self.settings.unsloth:
+                return unsloth.rope(q, k)
             rotated_q = rotated(q, cos, sin)
             rotated_k = rotated(k, cos, sin)
         return rotated_q, rotated_k
@@ -543,6 +549,9 @@ class Forward:
         Source: hf-modeling, llama/modeling_llama.py, LlamaMLP.forward.
         """
         gate, up, down = names
+        if self.settings.unsloth:
+            # The adapter of the first layer runs all three.
+            return self.linear(x, gate)
         if self.settings.liger:
             return self.linear(liger.gated(self.linear(x, gate), self.linear(x, up)), down)
         if self.settings.compiled:

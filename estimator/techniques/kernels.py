@@ -15,6 +15,7 @@ from estimator.run import Run
 from estimator.techniques.foak_adapter import GROUPS, FusedAdapter, refusal
 from estimator.techniques.lora_adapter import LoraAdapter
 from estimator.techniques.stage import Stage, Technique
+from estimator.techniques.unsloth import Unsloth
 
 
 class Liger(Struct, frozen=True):
@@ -150,7 +151,7 @@ def _compiled(run: Run) -> dict[str, bool]:
             kind.facts.get("attention_dropout", 0.0) for kind in spec.kinds
         ),
         "packing": not settings.packing,
-        "other kernels": not (settings.liger or settings.foak),
+        "other kernels": not (settings.liger or settings.foak or settings.unsloth),
         "neftune": not settings.neftune,
         "use_cache": not settings.keeps_cache,
         "loop.keep_outputs": not run.keeps_outputs,
@@ -211,4 +212,9 @@ COMPILATIONS: Final[dict[str, Technique]] = {
     "compile_reduce_overhead": Compile(cuda_graphs=True),
     "compile_max_autotune": Compile(cuda_graphs=True),
 }
-KERNELS: Final[dict[str, Technique]] = {"liger": Liger(), "foak": Foak(), **COMPILATIONS}
+KERNELS: Final[dict[str, Technique]] = {
+    "liger": Liger(),
+    "foak": Foak(),
+    "unsloth": Unsloth(),
+    **COMPILATIONS,
+}

@@ -25,6 +25,7 @@ from tests.conformance.grids import (
     quantization,
     software,
     turns,
+    unsloth,
 )
 
 
@@ -53,4 +54,5 @@ GRIDS: Final[tuple[Grid, ...]] = (
     quantization,
     software,
     turns,
+    unsloth,
 )
