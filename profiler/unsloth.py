@@ -109,15 +109,17 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]
 
 class _Rope(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any) -> Any:
+    def forward(ctx: Any, q: Any, k: Any, tables: Any) -> Any:
+        ctx.tables = tables
         return q.view(q.shape), k.view(k.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return tuple(
+        q, k = (
             torch.empty(grad.transpose(1, 2).shape, dtype=grad.dtype).transpose(1, 2)
             for grad in grads
         )
+        return q, k, None
 
 
 class _Lora(torch.autograd.Function):  # type: ignore[misc]
@@ -211,12 +213,14 @@ def _fused(function: Any, x: Any, projections: tuple[Any, ...]) -> Any:
     return function.apply(x, projections, *weights)
 
 
-def _attention(self: Any, hidden_states: Any, **_: Any) -> tuple[Any, None]:
+def _attention(
+    self: Any, hidden_states: Any, position_embeddings: Any, **_: Any
+) -> tuple[Any, None]:
     batch, tokens, _width = hidden_states.shape
     projected = _fused(_Lora, hidden_states, (self.q_proj, self.k_proj, self.v_proj))
     q, k, v = (each.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for each in projected)
     del projected
-    q, k = _Rope.apply(q, k)
+    q, k = _Rope.apply(q, k, position_embeddings)
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
     )

@@ -12,10 +12,11 @@ NORM: Final = Cite("unsloth", "kernels/rms_layernorm.py, Fast_RMS_Layernorm, reu
 _ROPE: Final = Cite("unsloth", "kernels/rope_embedding.py, Fast_RoPE_Embedding_QK_Positions")
 
 
-def rope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary positions written over queries and keys; backward writes new gradients.
 
     Shapes:
+        saved: cos, sin      [1, s, d]  the tables of all layers
         backward: gradients  [b, s, H, d] and [b, s, KV, d]
 
     Source: unsloth, kernels/rope_embedding.py, Fast_RoPE_Embedding_QK_Positions.
@@ -28,5 +29,5 @@ def rope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         return tuple(node.new_grad(number, source=_ROPE) for number in range(len(grads)))
 
-    q.tape.record("rope", (q, k), (), rule, *outs)
+    q.tape.record("rope", (q, k), (cos, sin), rule, *outs)
     return outs[0], outs[1]

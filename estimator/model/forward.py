@@ -357,7 +357,7 @@ class Forward:
             if self.settings.liger or self.settings.foak:
                 return liger.rope(q, k, cos, sin)
             if self.settings.unsloth:
-                return unsloth.rope(q, k)
+                return unsloth.rope(q, k, cos, sin)
             rotated_q = rotated(q, cos, sin)
             rotated_k = rotated(k, cos, sin)
         return rotated_q, rotated_k
