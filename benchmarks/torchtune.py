@@ -184,7 +184,7 @@ def _measured(request: EstimateRequest, model: Any, early: bool) -> trace.Readin
             for name, value in state.items():
                 if not isinstance(value, torch.Tensor):
                     continue
-                if optimizers.is_on_host(optimizer, name) or optimizers.is_managed(
+                if optimizers.is_on_host(optimizer, parameter, name) or optimizers.is_managed(
                     optimizer, parameter, name
                 ):
                     meter.drop(value)

@@ -41,3 +41,9 @@ class Optimizer(Section, frozen=True):
     bf16_stochastic_round: Annotated[
         bool, Meta(description="torchao rounds updated bf16 weights at random.")
     ] = False
+    offload_gradients: Annotated[
+        bool, Meta(description="torchao drops a gradient once it is copied to the host.")
+    ] = False
+    minimal_size: Annotated[
+        int, Meta(ge=0, le=2**40, description="Smaller tensors torchao updates on the GPU.")
+    ] = 4096

@@ -31,7 +31,7 @@ from estimator.memory.average import average_host_bytes
 from estimator.memory.hessian_pass import hessian_pass
 from estimator.memory.loss import LOSSES, MeasuredLoss
 from estimator.memory.replay import Blocks, blocks
-from estimator.memory.standing import managed_bytes
+from estimator.memory.standing import managed_bytes, trained_tensors
 from estimator.memory.timeline import Moment, Step, compile_step
 from estimator.memory.trace import Trace, trace
 from estimator.model.spec import Embedding, Linear
@@ -40,6 +40,7 @@ from estimator.resolve import check_gpu, check_length, check_tokens, resolve
 from estimator.result import Capacity, Limits, Parameters, Peak, Range, Result, Verdict
 from estimator.run import Run
 from estimator.techniques.kernels import COMPILATIONS
+from estimator.techniques.optimizers import cpu_offload
 from estimator.techniques.software import profile
 from estimator.verdict import judge
 
@@ -345,6 +346,10 @@ def answer(
             reserved = Range(reserved.low, reserved.expected, reserved.high + unpooled)
             reasons = (RECORDED.reason, *reasons)
     host = engine.step(b, s).pinned_bytes(at) + average_host_bytes(engine.run)
+    trained = trained_tensors(engine.run)
+    host += cpu_offload.host_bytes(engine.run, trained)
+    late = cpu_offload.late_bytes(engine.run, trained)
+    reserved = Range(reserved.low, reserved.expected, reserved.high + late)
     spec = engine.run.spec
     total = spec.total_parameters()
     software = profile(request.software.framework, request.software.version)
@@ -380,7 +385,7 @@ def answer(
 
 MODELLED_STACK = "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0.50.2"
 NOT_MODELLED = (
-    "host memory, but for what is moved there: activations, an averaged model",
+    "host memory, but for what is moved there: activations, an averaged model, torchao's optimizer",
     "evaluation, saving and merging",
     "the requested confidence: the ranges are priors, and no coverage is promised yet",
 )

@@ -26,7 +26,7 @@ from estimator.techniques.execution import (
 from estimator.techniques.fp8_backends.transformer_engine import TransformerEngine
 from estimator.techniques.kernels import KERNELS
 from estimator.techniques.loss import FUSED_LOSSES, KeptLogits, Smoothing
-from estimator.techniques.optimizers import OPTIMIZERS, REFUSED
+from estimator.techniques.optimizers import OPTIMIZERS, REFUSED, cpu_offload
 from estimator.techniques.optimizers.row import updates_any
 from estimator.techniques.precision import Precision
 from estimator.techniques.software import Software, profile
@@ -188,7 +188,7 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
         asked,
         implementation,
         master_weights=False,
-        in_backward=asked.in_backward or row.fused_backward,
+        in_backward=asked.in_backward or row.fused_backward or asked.offload_gradients,
     )
 
 
@@ -278,6 +278,7 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
             request.method.precisions is not None
             and request.precision not in request.method.precisions
         ),
+        **dict(cpu_offload.refusals(request)),
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1
         ),

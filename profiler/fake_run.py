@@ -142,6 +142,8 @@ def _traced(
         optimizers.announce(job.optimizer, meter)
         hears = not kernels.compiles(request)
         with meter.watching(model, workload.sites(model), hears=hears), meter:
+            for tensor in optimizers.kept_on_host(job.optimizer):
+                meter.leave_out(tensor)
             for tensor, path, operator, component in workload.standing(job):
                 meter.adopt(tensor, path, operator, component)
             which = f"{how.num_traced} of {how.num_layers} layers" if how else "all layers"
@@ -174,7 +176,7 @@ def _own_states(meter: Meter, optimizer: Any) -> None:
     """Give the optimizer's tensors to their parameters; forget those outside device memory."""
     for parameter, state in optimizer.state.items():
         for name, value in _tensors(state):
-            on_host = optimizers.is_on_host(optimizer, name)
+            on_host = optimizers.is_on_host(optimizer, parameter, name)
             if on_host or optimizers.is_managed(optimizer, parameter, name):
                 meter.drop(value)
             else:

@@ -102,6 +102,7 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         self._known = KnownValues()
         self._kernels = Kernels(self._on_host) if workspaces is not None else None
         self._host: set[int] = set()
+        self._left_out: set[int] = set()
         self._records: list[_Record] = []
         self._events: list[trace.Event] = []
         self._deaths: dict[int, weakref.ref[Any]] = {}
@@ -188,6 +189,10 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         if index is not None:
             del self._deaths[index]
             self._records[index].bytes = 0
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Never register a storage in host memory that lives as long as the run."""
+        self._left_out.add(tensor.untyped_storage()._cdata)
 
     def recorded(self) -> trace.Trace:
         """Return what was recorded; host tensors are left out."""
@@ -385,6 +390,8 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
     ) -> None:
         storage = tensor.untyped_storage()
         size = storage.nbytes()
+        if storage._cdata in self._left_out:
+            return
         if storage._cdata in self._host:
             # Addresses are used again, so a host tensor is known only until it is seen.
             self._host.discard(storage._cdata)

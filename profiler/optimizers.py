@@ -13,7 +13,7 @@ from estimator.errors import InvalidRequestError, MissingDependencyError
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
-from profiler import low_rank, lowmem, small_libraries, together
+from profiler import cpu_offload, low_rank, lowmem, small_libraries, together
 from profiler.badam import Blocks
 from profiler.unroll import Shortening
 
@@ -335,8 +335,16 @@ def announce(optimizer: Any, meter: Meter) -> None:
         each.state = States(dict, each.state)
 
 
-def is_on_host(optimizer: Any, name: str) -> bool:
+def kept_on_host(optimizer: Any) -> Iterator[Any]:
+    """Yield what an optimizer keeps in host memory beside states."""
+    if isinstance(optimizer, cpu_offload.Offloaded):
+        yield from optimizer.on_host
+
+
+def is_on_host(optimizer: Any, parameter: Any, name: str) -> bool:
     """Whether an optimizer keeps this state in host memory: the step count, unless fused."""
+    if isinstance(optimizer, cpu_offload.Offloaded) and optimizer.moves(parameter):
+        return True
     return name == "step" and not optimizer.defaults.get("fused")
 
 
@@ -514,6 +522,12 @@ def _torchao(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     return Compiled(
         groups, lr=LEARNING_RATE, bf16_stochastic_round=asked.bf16_stochastic_round, **blocks
     )
+
+
+def _torchao_cpu_offload(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
+    _refuse_implementation(asked)
+    _library("torchao.optim.cpu_offload", "torchao", asked)
+    return cpu_offload.Offloaded(groups, asked, LEARNING_RATE)
 
 
 def _muon(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
@@ -733,6 +747,7 @@ _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]
     "apollo_adamw": _apollo,
     "lowmem_adafactor": _lowmem_adafactor,
     "torchao_adamw": _torchao,
+    "torchao_cpu_offload": _torchao_cpu_offload,
     "adamw_torch_8bit": _torchao,
     "adamw_torch_4bit": _torchao,
     "adamw_torch_fp8": _torchao,

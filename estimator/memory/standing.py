@@ -13,6 +13,7 @@ from estimator.sources import Cite
 from estimator.techniques.optimizers import (
     OPTIMIZERS,
     Trained,
+    cpu_offload,
     spent_gradients,
     states,
     temporaries,
@@ -184,6 +185,17 @@ def _gradients(run: Run) -> list[Entry]:
     ]  # fmt: skip
 
 
+def _left_on_the_device(run: Run) -> tuple[Entry, ...]:
+    """Return the gradients of tensors too small to be moved to the host.
+
+    Source: torchao, optim/cpu_offload.py, CPUOffloadOptimizer (minimal_size).
+    """
+    left = zip(trained_tensors(run), _gradients(run), strict=True)
+    return tuple(
+        entry for each, entry in left if not cpu_offload.moves(run.optimizer, each.elements)
+    )
+
+
 def _main_gradients(run: Run) -> list[Entry]:
     """Return the fp32 gradients that Megatron-LM allocates once, in one buffer for all.
 
@@ -211,6 +223,8 @@ def step_entries(run: Run) -> tuple[Entry, ...]:
     Gradients are there until `zero_grad`. With master weights they have been copied to fp32 one
     by one, each original freed at once. An optimizer in backward has done its work already.
     """
+    if run.optimizer.asked.offload_gradients:
+        return _left_on_the_device(run)
     if run.optimizer.in_backward:
         return ()
     if run.forward_only:

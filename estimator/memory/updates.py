@@ -7,7 +7,7 @@ from estimator.eager.size import dim, elements
 from estimator.eager.tensor import Param, Storage, Tape, Tensor, TensorKind
 from estimator.memory.standing import trained_tensors
 from estimator.run import Run
-from estimator.techniques.optimizers import OPTIMIZERS, Trained, temporaries
+from estimator.techniques.optimizers import OPTIMIZERS, Trained, cpu_offload, temporaries
 from estimator.techniques.optimizers.row import layout
 
 
@@ -114,10 +114,30 @@ class MainGradients:
         """Do nothing: every gradient has been added."""
 
 
-def inside_backward(run: Run) -> InBackward | MainGradients | None:
+class OnHost:
+    """A hook that drops a gradient once it is on its way to the host; small ones stay.
+
+    Source: torchao, optim/cpu_offload.py, CPUOffloadOptimizer (backward_hook).
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.choice = run.optimizer
+
+    def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
+        """Take the only reference to the gradient of a parameter, and drop it."""
+        if cpu_offload.moves(self.choice, elements(param.shape)[0]):
+            gradient.clear()
+
+    def finish(self, tape: Tape) -> None:
+        """Do nothing: every gradient has been copied or stays."""
+
+
+def inside_backward(run: Run) -> InBackward | MainGradients | OnHost | None:
     """Return the hook of a run that uses gradients up inside backward."""
     if run.optimizer.main_gradients:
         return MainGradients()
     if not run.optimizer.in_backward:
         return None
+    if run.optimizer.asked.offload_gradients:
+        return OnHost(run)
     return FusedBackward(run) if OPTIMIZERS[run.optimizer.name].fused_backward else InBackward(run)

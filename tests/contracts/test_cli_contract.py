@@ -45,7 +45,7 @@ FROZEN_FLAGS = """
 --optimizer --optimizer-implementation --momentum --optimizer-in-backward
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --optimizer-rank --optimizer-scale-type --optimizer-max-precondition-dim
---optimizer-bf16-stochastic-round
+--optimizer-bf16-stochastic-round --optimizer-offload-gradients --optimizer-minimal-size
 --micro-batch-size --seq-len --gradient-accumulation-steps --padding --packing
 --activation-checkpointing --attention --loss --kernels
 --keep-outputs --use-cache --set-to-none --neftune-noise-alpha

@@ -8,6 +8,7 @@ from estimator.run import OptimizerChoice
 from estimator.techniques.optimizers.adam_mini import ADAM_MINI
 from estimator.techniques.optimizers.apollo import APOLLO
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
+from estimator.techniques.optimizers.cpu_offload import CPU_OFFLOAD
 from estimator.techniques.optimizers.galore_variants import GALORE_VARIANTS
 from estimator.techniques.optimizers.lomo import LOMO
 from estimator.techniques.optimizers.low_rank import LOW_RANK
@@ -37,6 +38,7 @@ OPTIMIZERS: Final[dict[str, OptimizerRow]] = {
     **ADAM_MINI,
     **SOPHIA,
     **TORCHAO,
+    **CPU_OFFLOAD,
 }
 
 # Names that `TrainingArguments.optim` knows and we do not answer, and what to use instead.
@@ -44,10 +46,9 @@ REFUSED: Final[dict[str, str]] = {
     "adamw_torch_xla": "it runs on XLA devices only; use 'adamw_torch_fused'",
     "adamw_torch_npu_fused": "it runs on NPUs only; use 'adamw_torch_fused'",
     "adamw_anyprecision": "torchdistx is no longer released; use 'adamw' with bf16 weights",
-    "torchao_cpu_offload": "what torchao keeps in host memory is not described yet; use "
-    "'adamw_torch_4bit', or 'paged_adamw_8bit', whose states the driver moves",
-    "deepspeed_cpu_adam": "DeepSpeed's optimizer in host memory comes with ZeRO-Offload, which is "
-    "not described yet; use 'paged_adamw_8bit', whose states the driver moves",
+    "deepspeed_cpu_adam": "DeepSpeed's optimizer in host memory comes with ZeRO-Offload, which "
+    "belongs to sharding and is not described yet; use 'torchao_cpu_offload', or "
+    "'paged_adamw_8bit', whose states the driver moves",
     "sophiah": "its estimate of the Hessian is a product with it, which needs a backward pass "
     "through the backward pass; use 'sophia', which is SophiaG",
     "scalable_shampoo": "its preconditioners are in blocks, and its iteration stops by values; use "

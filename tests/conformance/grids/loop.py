@@ -8,6 +8,7 @@ Document = dict[str, Any]
 
 LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.0}}
 SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 13}
+OFFLOADS: Final[Document] = {"name": "torchao_cpu_offload", "offload_gradients": True}
 FUSED: Final[Document] = {"optimizer": "adamw_torch_fused"}
 
 RECIPES: Final[dict[str, Document]] = {
@@ -64,6 +65,31 @@ RECIPES: Final[dict[str, Document]] = {
         **SHORT, "gradient_accumulation_steps": 2,
         "optimizer": {"name": "adamw_torch_4bit", "bf16_stochastic_round": True},
     },
+    "optimizer on the host": {**SHORT, "optimizer": "torchao_cpu_offload"},
+    "optimizer on the host, long": {
+        "activation_checkpointing": "full", "optimizer": "torchao_cpu_offload",
+    },
+    "optimizer on the host amp": {
+        **SHORT, "optimizer": "torchao_cpu_offload", "precision": "amp_bf16",
+    },
+    "optimizer on the host accumulation": {
+        **SHORT, "optimizer": "torchao_cpu_offload", "gradient_accumulation_steps": 2,
+    },
+    "optimizer on the host lora": {
+        **SHORT, **LORA, "optimizer": {"name": "torchao_cpu_offload", "minimal_size": 2000},
+    },
+    "gradients on the host": {**SHORT, "optimizer": OFFLOADS},
+    "gradients on the host, long": {
+        "activation_checkpointing": "full", "optimizer": OFFLOADS,
+    },
+    "gradients on the host amp": {**SHORT, "optimizer": OFFLOADS, "precision": "amp_bf16"},
+    "gradients on the host, tied": {
+        **SHORT, "optimizer": OFFLOADS, "activation_checkpointing": "full",
+    },
+    "gradients on the host qlora": {
+        **LORA, "optimizer": {**OFFLOADS, "minimal_size": 2000}, "quantization": {"name": "nf4"},
+        "autocast": "bf16", "activation_checkpointing": "full",
+    },
     "no clipping": {**SHORT, **FUSED, "loop": {"max_grad_norm": 0}},
 }  # fmt: skip
 MODELS: Final[dict[str, str]] = {
@@ -71,9 +97,13 @@ MODELS: Final[dict[str, str]] = {
     "loss scaling without clipping": "gpt2",
     "stochastic rounding 8-bit checkpointed": "gpt2",
     "stochastic rounding accumulation": "llama-tied",
+    "optimizer on the host amp": "gpt2",
+    "optimizer on the host accumulation": "llama-tied",
+    "gradients on the host amp": "gpt2",
+    "gradients on the host, tied": "llama-tied",
     "average of weights amp checkpointed": "gpt2",
     "average of weights, tied, accumulation": "llama-tied",
     "logits of 300 positions amp": "gpt2",
     "logits of 300 positions, capped": "gemma2",
 }
-FAST: Final = frozenset({"clipping amp accumulation"})
+FAST: Final = frozenset({"clipping amp accumulation", "gradients on the host, tied"})

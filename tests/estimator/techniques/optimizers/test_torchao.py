@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from estimator.errors import UnsupportedCombinationError
+import pytest
+from msgspec import convert
+
+from estimator.errors import EstimatorError, UnsupportedCombinationError
+from estimator.optimizer import Optimizer
 from estimator.service import estimate
 from tests.estimator.techniques.optimizers.real import TOY, kept_in_the_answer, toy_model
 
@@ -48,10 +52,68 @@ def test_torchaos_own_adamw_keeps_two_moments_in_the_type_of_the_weight(precisio
     assert kept_in_the_answer(asked, precision) == real
 
 
-@pytest.mark.parametrize("name", ["torchao_cpu_offload", "deepspeed_cpu_adam"])
-def test_optimizers_in_host_memory_are_refused_by_name(name: str) -> None:
-    with pytest.raises(UnsupportedCombinationError, match="host memory"):
-        estimate({"model": {"config": TOY}, "optimizer": name})
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("offload_gradients", [False, True])
+def test_host_memory_holds_what_torchao_keeps(precision: str, offload_gradients: bool) -> None:
+    import torch
+
+    from profiler.cpu_offload import Offloaded
+
+    asked = {
+        "name": "torchao_cpu_offload",
+        "offload_gradients": offload_gradients,
+        "minimal_size": 5000,
+    }
+    model = toy_model(precision)
+    real = Offloaded([{"params": list(model.parameters())}], convert(asked, Optimizer), 1e-5)
+    ids = torch.zeros((1, 4), dtype=torch.int64)
+    model(input_ids=ids, labels=ids).loss.backward()
+    left = [each for each in model.parameters() if each.grad is not None]
+    if offload_gradients:
+        assert left == [each for each in model.parameters() if each.numel() < 5000]
+    real.step()
+    states: dict[bool, int] = {True: 0, False: 0}
+    for parameter, state in real.state.items():
+        states[real.moves(parameter)] += sum(value.nbytes for value in state.values())
+    pinned = sum(1 << (each.nbytes - 1).bit_length() for each in real.on_host)
+    answer = estimate(
+        {"model": {"config": TOY}, "seq_len": 1, "precision": precision, "optimizer": asked}
+    )
+    assert answer.peak.host_bytes.expected == pinned + states[True]
+    assert kept_in_the_answer(asked, precision) == states[False]
+
+
+def test_dropped_gradients_may_wait_for_their_copies_in_reserved_memory() -> None:
+    def high_end_above_the_rest(*, offload_gradients: bool) -> int:
+        asked = {"name": "torchao_cpu_offload", "offload_gradients": offload_gradients}
+        peak = estimate({"model": {"config": TOY}, "seq_len": 1, "optimizer": asked}).peak
+        return peak.reserved_bytes.high - peak.reserved_bytes.expected
+
+    late = sum(2 * each.numel() for each in toy_model("bf16").parameters() if each.numel() >= 4096)
+    assert high_end_above_the_rest(offload_gradients=True) >= late
+
+
+@pytest.mark.parametrize(
+    ("document", "reason"),
+    [
+        ({"gradient_accumulation_steps": 2}, "accumulat"),
+        ({"loop": {"set_to_none": False}}, "asserts"),
+        ({"precision": "amp_fp16"}, "fp16"),
+        ({"precision": "master_bf16"}, "master_bf16"),
+        ({"method": "adalora"}, "adalora"),
+    ],
+)
+def test_what_the_optimizer_in_host_memory_does_not_run_with_is_refused(
+    document: dict[str, Any], reason: str
+) -> None:
+    asked = {"name": "torchao_cpu_offload", "offload_gradients": True}
+    with pytest.raises(EstimatorError, match=reason):
+        estimate({"model": {"config": TOY}, "optimizer": asked, **document})
+
+
+def test_deepspeeds_optimizer_in_host_memory_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedCombinationError, match=r"ZeRO-Offload.*torchao_cpu_offload"):
+        estimate({"model": {"config": TOY}, "optimizer": "deepspeed_cpu_adam"})
 
 
 def test_the_answer_says_that_the_compiled_step_is_not_counted() -> None:
