@@ -124,9 +124,11 @@ class OnHost:
         self.choice = run.optimizer
 
     def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
-        """Take the only reference to the gradient of a parameter, and drop it."""
+        """Drop the only reference to a gradient that is copied; the step finds the others."""
         if cpu_offload.moves(self.choice, elements(param.shape)[0]):
             gradient.clear()
+        else:
+            tape.grads[param] = gradient.pop()
 
     def finish(self, tape: Tape) -> None:
         """Do nothing: every gradient has been copied or stays."""
