@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from estimator.eager.engine import Packed, backward
 from estimator.eager.host import OnHost, SaveOnHost
-from estimator.eager.tensor import Edge, Leaf, Node, Storage, Tensor
+from estimator.eager.tensor import Edge, Leaf, Node, Param, Storage, Tensor
 
 Region = Callable[..., Tensor]
 ATTENTION: Final = "attention"
@@ -80,7 +80,8 @@ class _Frame:
         self.holders: list[weakref.ref[_Holder]] = []
         self.recomputed = False
 
-    def pack(self, tensor: Tensor) -> Packed:
+    def pack(self, tensor: Tensor | Param) -> Packed:
+        """Return what a node keeps in place of a tensor; weights are asked for like the others."""
         holder = _Holder(self)
         self.holders.append(weakref.ref(holder))
         return holder
@@ -144,14 +145,21 @@ class _Recorder:
         self.holders = holders
         self.position = 0
 
-    def pack(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor | Param) -> Tensor | Param:
         holder = self.holders[self.position]()
         if holder is not None:
-            holder.tensor = Tensor(tensor.tape, tensor.shape, tensor.dtype, tensor.storage)
+            holder.tensor = _detached(tensor)
         self.position += 1
         if self.position == len(self.holders):
             raise _AllRecomputedError
-        return Tensor(tensor.tape, tensor.shape, tensor.dtype, tensor.storage)
+        return _detached(tensor)
+
+
+def _detached(tensor: Tensor | Param) -> Tensor | Param:
+    """Return the same memory without the graph; a weight is itself."""
+    if isinstance(tensor, Param):
+        return tensor
+    return Tensor(tensor.tape, tensor.shape, tensor.dtype, tensor.storage)
 
 
 class _AllRecomputedError(Exception):
@@ -165,9 +173,9 @@ class _Holder(Packed):
 
     def __init__(self, frame: _Frame) -> None:
         self.frame = frame
-        self.tensor: Tensor | None = None
+        self.tensor: Tensor | Param | None = None
 
-    def unpack(self) -> Tensor:
+    def unpack(self) -> Tensor | Param:
         if not self.frame.recomputed:
             self.frame.recompute()
         # Each is handed out once and kept no longer, so it dies before the node's gradients are

@@ -35,8 +35,6 @@ class OnHost(Packed):
 class SaveOnHost:
     """Takes the place of a checkpoint's frame: all that is saved goes to the host, weights too."""
 
-    packs_parameters: Final = True
-
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 

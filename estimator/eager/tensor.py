@@ -454,8 +454,10 @@ class Tape:
         if frame is None:
             packed = list(saved)
         else:
-            packs = (Tensor, Param) if getattr(frame, "packs_parameters", False) else Tensor
-            packed = [frame.pack(each) if isinstance(each, packs) else each for each in saved]
+            # torch calls its hooks for weights too (torch-autograd, saved_variable.cpp).
+            packed = [
+                frame.pack(each) if isinstance(each, (Tensor, Param)) else each for each in saved
+            ]
         node = Node(self, self.prefix + name, edges, metas, packed, rule, len(outputs))
         for number, output in enumerate(outputs):
             output.edge = Edge(node, number)
