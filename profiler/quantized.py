@@ -105,7 +105,8 @@ def on_cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def seen_by_peft() -> Iterator[None]:
     """Let PEFT know packed layers and weights, which it would know by their class on a GPU."""
-    with gptqmodel.seen_by_peft(), hqq.seen_by_peft(), _dequantized_by_dora():
+    # hqq's imports PEFT, whose modules gptqmodel's then finds.
+    with hqq.seen_by_peft(), gptqmodel.seen_by_peft(), _dequantized_by_dora():
         yield
 
 

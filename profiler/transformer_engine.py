@@ -13,12 +13,12 @@ pytorch/quantization.py, `DelayedScalingRecipeState`; pytorch/cpp_extensions/gem
 from __future__ import annotations
 
 import contextlib
-import sys
-from types import ModuleType
 from typing import Any, Final
 from unittest import mock
 
 import torch
+
+from profiler import stand_ins
 
 _HOPPER_WORKSPACE: Final = (32 << 20) + (1 << 10)
 _FORWARD_TENSORS: Final = 3
@@ -92,13 +92,12 @@ def convert(model: Any, history: int) -> None:
     """Run Accelerate's conversion of a meta model with the stand-in in the library's place."""
     from accelerate.utils import transformer_engine
 
-    library = ModuleType("transformer_engine")
-    pytorch = ModuleType("transformer_engine.pytorch")
-    pytorch.Linear, pytorch.LayerNorm = Linear, torch.nn.LayerNorm  # type: ignore[attr-defined]
-    library.pytorch = pytorch  # type: ignore[attr-defined]
-    there = {"transformer_engine": library, "transformer_engine.pytorch": pytorch}
+    pytorch = stand_ins.module(
+        "transformer_engine.pytorch", Linear=Linear, LayerNorm=torch.nn.LayerNorm
+    )
+    library = stand_ins.module("transformer_engine", pytorch=pytorch)
     with (
-        mock.patch.dict(sys.modules, there),
+        stand_ins.imported({each.__name__: each for each in (library, pytorch)}),
         mock.patch.multiple(
             transformer_engine,
             is_transformer_engine_available=mock.Mock(return_value=True),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from estimator.eager.engine import Packed
 from estimator.eager.size import BATCH, SEQ, Shape
 from estimator.eager.tensor import Param, Tape, Tensor

@@ -60,6 +60,23 @@ class Ledger(Struct, frozen=True, dict=True):
         """Return the sum of all entries as a polynomial in b, s and t."""
         return polynomial((each.row.size, each.count) for each in self.entries)
 
+    def less_dropped(self) -> Ledger:
+        """Return the ledger without what entries of a negative count take away."""
+        dropped: dict[Row, int] = {}
+        for each in self.entries:
+            if each.count < 0:
+                dropped[each.row] = dropped.get(each.row, 0) - each.count
+        if not dropped:
+            return self
+        left = []
+        for each in self.entries:
+            taken = min(dropped.get(each.row, 0), each.count) if each.count > 0 else 0
+            if taken:
+                dropped[each.row] -= taken
+            if each.count > taken:
+                left.append(Entry(each.row, each.count - taken))
+        return Ledger(tuple(left))
+
     @cached_property
     def constant_charge(self) -> int:
         """Bytes of the blocks of a ledger whose sizes do not depend on the batch."""

@@ -57,8 +57,8 @@ class Moment(Struct, frozen=True, dict=True):
 
     @property
     def alive(self) -> Ledger:
-        """Everything that is alive at this moment."""
-        return self.standing.plus(*self.passing.entries)
+        """Everything that is alive at this moment, less what the step has dropped by then."""
+        return self.standing.plus(*self.passing.entries).less_dropped()
 
 
 class Step(Struct, frozen=True, dict=True):

@@ -12,11 +12,11 @@ import math
 import sys
 from collections.abc import Iterator
 from functools import cache
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Final
 from unittest import mock
 
-from profiler import stack
+from profiler import stack, stand_ins
 
 LIBRARY: Final = "peft"
 # gptqmodel, nn_modules/qlinear/gemm_awq.py, AwqGemmFn.forward: FULL_DEQUANT_MATMUL_THRESHOLD, and
@@ -256,17 +256,16 @@ def tensors(module: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def seen_by_peft() -> Iterator[None]:
     """Let PEFT find the class of these layers where gptqmodel would be."""
-    names = ("peft.tuners.lora.gptq", "peft.tuners.lora.awq", "peft.utils.other")
+    names = (
+        "peft.tuners.lora.gptq", "peft.tuners.lora.awq", "peft.utils.other",
+        "peft.utils.quantization_utils",
+    )  # fmt: skip
     found = [sys.modules[name] for name in names if name in sys.modules]
-    package, layers = ModuleType("gptqmodel"), ModuleType("gptqmodel.nn_modules.qlinear")
-    layers.BaseQuantLinear = base_class()  # type: ignore[attr-defined]  # a module made here
-    modules = {
-        "gptqmodel": package,
-        "gptqmodel.nn_modules": ModuleType("gptqmodel.nn_modules"),
-        layers.__name__: layers,
-    }
+    layers = "gptqmodel.nn_modules.qlinear"
+    made = [stand_ins.module(name) for name in ("gptqmodel", "gptqmodel.nn_modules")]
+    made.append(stand_ins.module(layers, BaseQuantLinear=base_class()))
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.dict(sys.modules, modules))
+        patches.enter_context(stand_ins.imported({each.__name__: each for each in made}))
         for module in found:
             found_too = mock.patch.object(module, "is_gptqmodel_available", return_value=True)
             patches.enter_context(found_too)

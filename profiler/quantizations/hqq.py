@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
 from collections.abc import Iterator
 from functools import cache
-from types import ModuleType
 from typing import Any, Final
 from unittest import mock
+
+from profiler import stand_ins
 
 LIBRARY: Final = "peft"
 # hqq, core/bitpack.py: the values in one element of the packed tensor.
@@ -152,11 +152,10 @@ def _made_known() -> None:
     """Let PEFT define its adapter for these layers, which it does where hqq can be imported."""
     utils = importlib.import_module("peft.import_utils")
     adapter = importlib.import_module("peft.tuners.lora.hqq")
-    layers = ModuleType(_LAYERS)
-    layers.HQQLinear = layer_class()  # type: ignore[attr-defined]  # a module made here
-    modules = {"hqq": ModuleType("hqq"), "hqq.core": ModuleType("hqq.core"), _LAYERS: layers}
+    made = [stand_ins.module(name) for name in ("hqq", "hqq.core")]
+    made.append(stand_ins.module(_LAYERS, HQQLinear=layer_class()))
     with (
-        mock.patch.dict(sys.modules, modules),
+        stand_ins.imported({each.__name__: each for each in made}),
         mock.patch.object(utils, "is_hqq_available", return_value=True),
     ):
         importlib.reload(adapter)
