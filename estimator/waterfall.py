@@ -38,7 +38,9 @@ NAIVE: Final[dict[str, Any]] = {
 """Where the start differs from the defaults of the request: 16 bytes for each parameter and every
 attention score. Every other field of the recipe starts at its default."""
 
-_CHANGES_TRAINING: Final = frozenset({"neftune_noise_alpha", "label_smoothing_factor"})
+_CHANGES_TRAINING: Final = frozenset(
+    {"neftune_noise_alpha", "label_smoothing_factor", "max_grad_norm", "logits_to_keep"}
+)
 
 
 class _Change(Struct, frozen=True):
@@ -236,7 +238,7 @@ def _loop(current: EstimateRequest, asked: EstimateRequest) -> _Change | None:
         {"loop": asked.loop},
         f"loop: {words}",
         "changes training" if differs else "none",
-        "the loss is another" if differs else "the same numbers",
+        "the loss or its gradients are others" if differs else "the same numbers",
     )
 
 

@@ -423,9 +423,9 @@ class Meter(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
         self._record_event(index, is_alloc=True)
 
     def _record_event(self, index: int, *, is_alloc: bool) -> None:
-        # An optimizer's state belongs to its parameter, which may be learnt only after its birth.
-        by_owner = is_alloc and self._phase in trace.UPDATES
-        layer = None if by_owner else self._places.layer
+        # What an update makes belongs to a parameter, which may be learnt only after the birth; the
+        # place is still that of the last layer that ran backward.
+        layer = None if self._phase in trace.UPDATES else self._places.layer
         self._events.append(trace.Event(index, is_alloc, self._pass + self._phase, layer))
 
     def _transients(self, buffers: Iterable[tuple[str, int]], place: Place) -> None:

@@ -12,7 +12,7 @@ from estimator.eager import ops
 from estimator.eager.ops import F32, Grads, Out
 from estimator.eager.size import BATCH, ONE, SECOND, SEQ, Dim, Shape, dim
 from estimator.eager.tensor import Node, Tensor
-from estimator.sources import Assumption, Cite
+from estimator.sources import Cite
 from estimator.units import round_up
 
 _SDPA: Final = Cite("torch-derivatives", "_scaled_dot_product_flash_attention")
@@ -241,15 +241,10 @@ def efficient(
     mask: Tensor | None,
     heads: Heads,
     p: float = 0.0,
-    *,
-    beside: tuple[tuple[str, Shape, DType, Cite | Assumption], ...] = (),
 ) -> Tensor:
     """Memory-efficient attention, which SDPA takes when there is a mask or fp32 inputs.
 
     The mask is saved; one of another type than the query is written out in each layer anew.
-
-    Args:
-        beside: what lives beside the kernel's own buffers while its backward runs.
 
     Shapes:
         saved: q, output      [b, s, H·d]   width of the query each
@@ -269,7 +264,6 @@ def efficient(
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         workspace = _efficient_workspace(node, heads)
-        workspace += [node.scratch(*each) for each in beside]
         into = _gradients(node, source)
         workspace.clear()
         return into

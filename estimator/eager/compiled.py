@@ -9,26 +9,21 @@ backward graph is given a gradient for every output of the forward graph, the lo
 
 from __future__ import annotations
 
-from typing import Any, Final, Union
+from typing import Any, Final
 
 from estimator.dtypes import DType
 from estimator.eager import ops
-from estimator.eager.attention import MASK, Heads
+from estimator.eager.attention import MASK
 from estimator.eager.ops import F32, Grads, Operand, Out
-from estimator.eager.size import BATCH, SEQ, Dim, Shape, dim
+from estimator.eager.size import BATCH, SEQ, Dim, dim
 from estimator.eager.tensor import Node, Param, Tape, Tensor, reshaped
-from estimator.sources import Assumption, Cite
+from estimator.sources import Cite
 from estimator.units import round_up
 
 _CUT: Final = Cite("torch-partitioner", "min_cut_rematerialization_partition")
 _FUSED: Final = Cite("torch-inductor", "scheduler.py, Scheduler.fuse_nodes")
 _TANGENTS: Final = Cite("torch-autograd", "python_function.cpp, PyNode::apply")
 _TABLE: Final = Cite("torch-inductor", "decomposition.py, embedding_dense_backward")
-_LATE: Final = Assumption(
-    "with torch.compile and checkpointing, what the last layer's weight gradients are made of is "
-    "taken to be alive until its attention's backward has ended, as in the dry runs of Llama-like "
-    "models; up to the size of one layer's gradients too much"
-)
 _ALIGNMENT_BYTES: Final = 128
 _SHORT_ROW: Final = 1024
 _MASK: Final = Cite("hf-masking", "_ignore_causal_mask_sdpa: never while compiling, torch < 2.14")
@@ -141,35 +136,10 @@ def gated(gate: Tensor, up: Tensor, *, adapted: bool = False) -> Tensor:
     return out
 
 
-Beside = tuple[tuple[str, Shape, DType, Union[Cite, Assumption]], ...]
-
-
-def last_layer(dtype: DType, heads: Heads, hidden: Dim, ffn: Dim, wide: DType) -> Beside:
-    """What lives beside attention's backward in the last layer, with checkpointing.
-
-    The graph computes that layer again just before; its scheduler puts the gradients of all its
-    weights behind those of its activations, and the attention is given a copy of its mask.
-
-    Args:
-        wide: the type in which the gradients of the MLP reach its weights or adapters.
-
-    Shapes:
-        mask of all heads                [b, H, s, s]  width of the queries
-        gated product and its gradients  [b, s, f]     3 of the wide type
-        other inputs and gradients       [b, s, h]     8, width of the queries
-
-    Source: torch-inductor, scheduler.py, Scheduler.fuse_nodes.
-    """
-    copy = ("mask of all heads", (BATCH, heads.query, SEQ, SEQ), dtype, _FUSED)
-    of_mlp = ("input or gradient of an MLP product", (BATCH, SEQ, ffn), wide, _LATE)
-    other = ("input or gradient of another product", (BATCH, SEQ, hidden), dtype, _LATE)
-    return (copy, *(3 * (of_mlp,)), *(8 * (other,)))
-
-
 def mask(tape: Tape, dtype: DType) -> Tensor:
     """The mask that transformers builds while it is compiled, in the type that attention adds.
 
-    It is kept for backward, but with checkpointing, which computes it again in backward.
+    It is kept for backward.
 
     Shapes:
         mask  [b, 1, s, s]  width of the queries

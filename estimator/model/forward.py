@@ -464,8 +464,7 @@ class Forward:
             return attention.math_broadcast(q, k, v, mask, heads)
         if mask is not None:
             keys, values = (attention.repeat_heads(each, heads) for each in (k, v))
-            beside = self._beside_attention(q.dtype, heads)
-            return attention.efficient(q, keys, values, mask, heads, beside=beside)
+            return attention.efficient(q, keys, values, mask, heads)
         half = self.tape.autocast if self.tape.autocast_enabled else None
         if self.settings.is_flash:
             return self._flash(half or q.dtype, q, k, v, heads)
@@ -474,17 +473,6 @@ class Forward:
         if heads.groups == 1:
             return attention.efficient(q, k, v, None, heads)
         return attention.math_causal(q, k, v, heads, p)
-
-    def _beside_attention(self, dtype: DType, heads: Heads) -> compiled.Beside:
-        """Return what lives beside attention's backward: something in a compiled last layer."""
-        if not self.settings.compiled or self.checkpointing is None:
-            return ()
-        if self.tape.site != self.last_layer:
-            return ()
-        down = self._find("mlp.down_proj", Linear)
-        adapted = down.adapter is not None and self.tape.autocast is None
-        width = compiled.padded(down.fan_in, dtype)
-        return compiled.last_layer(dtype, heads, self.spec.hidden, width, F32 if adapted else dtype)
 
     def _flash(self, dtype: DType, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
         """Run the flash-attn package, which takes half precision only.

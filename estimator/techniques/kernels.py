@@ -8,7 +8,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from estimator.dtypes import DType
-from estimator.eager.checkpoint import Checkpointing
 from estimator.errors import UnsupportedCombinationError
 from estimator.model.spec import Linear, ModelSpec, Module
 from estimator.run import Run
@@ -136,9 +135,8 @@ class Compile(Struct, frozen=True):
 
 def _compiled(run: Run) -> dict[str, bool]:
     """Return what a run can have beside compilation, and whether this run's is described."""
-    spec, settings, how = run.spec, run.settings, run.checkpointing
+    spec, settings = run.spec, run.settings
     known = ", ".join(COMPILED_MODEL_TYPES)
-    plainly = how is None or how == Checkpointing() or how == Checkpointing(reentrant=False)
     full, lora = _is_full(spec), _is_lora(spec)
     linears = [each for each, _ in spec.module_counts() if isinstance(each, Linear)]
     stored = spec.embeddings[0].dtype
@@ -170,10 +168,8 @@ def _compiled(run: Run) -> dict[str, bool]:
             lora or run.autocast is None or stored is DType.FLOAT32
         ),
         "LoRA over fp32 weights": full or stored is DType.BFLOAT16,
-        "checkpointing other than full": plainly and not run.reentrant,
-        # Python holds the outputs in a circle there, until its collector comes by.
-        "checkpointing of LoRA under autocast": full or how is None or run.autocast is None,
-        f"checkpointing of {spec.model_type} models": spec.model_type == "llama" or how is None,
+        # The order in which the graph makes the last layer again is not described.
+        "activation checkpointing": run.checkpointing is None,
         "anything but full bf16 training of qwen2 models": spec.model_type != "qwen2" or bare,
         "biases in llama models": spec.model_type != "llama"
         or not any(each.bias for each in linears),

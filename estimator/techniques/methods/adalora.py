@@ -53,8 +53,9 @@ class AdaLoraAdapter(Struct, frozen=True):
             lora_B   [out, r]  4 bytes
             ranknum  [1]       4 bytes
 
-        Source: zhang2023, section 3.1; peft, tuners/adalora/layer.py, AdaLoraLayer.update_layer;
-        tuners/tuners_utils.py, _move_adapter_to_device_of_base_layer and cast_adapter_dtype.
+        Source: zhang2023, SVD-based adaptation; peft, tuners/adalora/layer.py,
+        AdaLoraLayer.update_layer; tuners/tuners_utils.py, _move_adapter_to_device_of_base_layer
+        and cast_adapter_dtype.
         """
         rank = dim("r", self.r)
         return (
@@ -183,7 +184,7 @@ class Orthogonality(Struct, frozen=True):
         A, B and their transposes, cast  [r, in], [out, r]  2 bytes each, under autocast
         distance from the identity       [r, r]             saved for the norm
 
-    Source: zhang2023, section 3.1; peft, tuners/adalora/model.py, AdaLoraModel.forward.
+    Source: zhang2023, SVD-based adaptation; peft, tuners/adalora/model.py, AdaLoraModel.forward.
     """
 
     def added(self, run: Forward, kinds: tuple[LayerKind, ...], loss: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ class AdaLora(Method, frozen=True, tag="adalora"):
     """Train singular vectors and values beside frozen linear layers (PEFT's AdaLoraConfig)."""
 
     peft: ClassVar[str | None] = "AdaLoraConfig"
-    source: ClassVar[Cite] = Cite("zhang2023", "section 3.1")
+    source: ClassVar[Cite] = Cite("zhang2023", "SVD-based adaptation")
     quantizations: ClassVar[frozenset[str] | None] = FOUR_BIT | {"int8"}
 
     init_r: Annotated[int, Meta(ge=1, le=65_536, description="Rank at the start.")] = 12

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 _COMPILED: Final[dict[str, Any]] = {"kernels": ["compile"], "optimizer": "adamw_torch"}
 _LORA: Final[dict[str, Any]] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.0}}
-_CHECKPOINTED: Final[dict[str, Any]] = {"activation_checkpointing": "full"}
 _AMP: Final[dict[str, Any]] = {"precision": "amp_bf16"}
 
 RECIPES: Final[dict[str, dict[str, Any]]] = {
@@ -18,9 +17,6 @@ RECIPES: Final[dict[str, dict[str, Any]]] = {
     "compiled amp_bf16": {**_COMPILED, **_AMP},
     "compiled lora": {**_COMPILED, **_LORA},
     "compiled lora autocast": {**_COMPILED, **_LORA, "autocast": "bf16"},
-    "compiled checkpointed": {**_COMPILED, **_CHECKPOINTED},
-    "compiled amp_bf16 checkpointed": {**_COMPILED, **_AMP, **_CHECKPOINTED},
-    "compiled lora checkpointed": {**_COMPILED, **_LORA, **_CHECKPOINTED},
     "compiled accumulation": {**_COMPILED, "gradient_accumulation_steps": 4},
     "compiled accumulation, short": {
         **_COMPILED, "gradient_accumulation_steps": 2, "micro_batch_size": 1, "seq_len": 130,
