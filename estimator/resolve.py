@@ -279,6 +279,11 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
             and request.precision not in request.method.precisions
         ),
         **dict(cpu_offload.refusals(request)),
+        "kernels 'unsloth' over fp4 weights, which it dequantizes otherwise than nf4,": (
+            "unsloth" in request.kernels
+            and request.quantization is not None
+            and request.quantization.name == "fp4"
+        ),
         "parallelism other than one GPU": (
             request.parallelism != default or request.hardware.num_gpus != 1
         ),
