@@ -340,12 +340,12 @@ SOURCES: Final[dict[str, Source]] = {
         "torchtune 0.6.1, modules and recipes",
         "https://github.com/meta-pytorch/torchtune/blob/v0.6.1/torchtune",
     ),
-    "torchtune-0.1": Source(
+    "torchtune-0-1": Source(
         "code",
         "torchtune at commit 0217d44c2 of May 2024, modules and recipes",
         "https://github.com/meta-pytorch/torchtune/blob/0217d44c2e1e372b34628767745c1f6538086a81",
     ),
-    "torchtune-0.3": Source(
+    "torchtune-0-3": Source(
         "code",
         "torchtune at commit 52d1b838 of September 2024, modules and recipes",
         "https://github.com/meta-pytorch/torchtune/blob/52d1b838c1c35b5e75fddf8776be400adc36dff5",

@@ -42,6 +42,8 @@ _CHANGES_TRAINING: Final = frozenset(
     {"neftune_noise_alpha", "label_smoothing_factor", "max_grad_norm", "logits_to_keep"}
 )
 
+_ADAMW_ELSEWHERE: Final = frozenset({"paged_adamw_32bit", "torchao_cpu_offload"})
+
 
 class _Change(Struct, frozen=True):
     """One technique: the fields that it sets, as words, and what it costs."""
@@ -262,7 +264,11 @@ def _optimizer(current: EstimateRequest, asked: EstimateRequest) -> _Change | No
     if current.optimizer == wanted:
         return None
     words = f"optimizer {wanted.name}"
-    return _Change({"optimizer": wanted}, words, "changes training", "another update rule")
+    if wanted.name in _ADAMW_ELSEWHERE:
+        price = "the same update; states or weights cross to the host and back"
+        return _Change({"optimizer": wanted}, words, "slower", price)
+    price = "another update rule, or rounded states"
+    return _Change({"optimizer": wanted}, words, "changes training", price)
 
 
 def _in_backward(current: EstimateRequest, asked: EstimateRequest) -> _Change | None:

@@ -27,7 +27,7 @@ _FAMILIES: Final = ("llama", "mistral")
 _STRETCHED: Final = 131_072
 _PAIR: Final = dim("2", 2)
 _ROPE: Final = Cite("torchtune", "modules/position_embeddings.py, RotaryPositionalEmbeddings")
-_LOSS: Final = Cite("torchtune-0.1", "recipes/lora_finetune_single_device.py, train")
+_LOSS: Final = Cite("torchtune-0-1", "recipes/lora_finetune_single_device.py, train")
 _KERNEL: Final = Cite("torch-softmax", "cuda/SoftMax.cu, host_softmax")
 
 
@@ -135,7 +135,7 @@ class EarlyDecoder(Decoder):
     def layer(self, run: Forward, kind: LayerKind, x: Tensor) -> Tensor:
         """Run attention and MLP, each behind its norm and inside its residual.
 
-        Source: torchtune-0.1, torchtune/modules/transformer.py, TransformerDecoderLayer.forward.
+        Source: torchtune-0-1, torchtune/modules/transformer.py, TransformerDecoderLayer.forward.
         """
         attn_out = self.attention(run, kind, self.norm(run, x, "sa_norm"))
         h = ops.add(attn_out, x, "residual")
@@ -145,7 +145,7 @@ class EarlyDecoder(Decoder):
     def norm(self, run: Forward, x: Tensor, name: str) -> Tensor:
         """RMSNorm in fp32 up to the product with the weight.
 
-        Source: torchtune-0.1, torchtune/modules/rms_norm.py, RMSNorm.forward.
+        Source: torchtune-0-1, torchtune/modules/rms_norm.py, RMSNorm.forward.
         """
         with run.tape.module(name):
             x_fp32 = ops.cast(x, F32)
@@ -156,7 +156,7 @@ class EarlyDecoder(Decoder):
     def attention(self, run: Forward, kind: LayerKind, x: Tensor) -> Tensor:
         """Project, write grouped heads out, rotate, attend, project.
 
-        Source: torchtune-0.1, torchtune/modules/attention.py, CausalSelfAttention.forward.
+        Source: torchtune-0-1, torchtune/modules/attention.py, CausalSelfAttention.forward.
         """
         heads = kind.heads
         shared = (BATCH, SEQ, heads.key_value, heads.width)
@@ -178,7 +178,7 @@ class EarlyDecoder(Decoder):
 class MiddleDecoder(EarlyDecoder):
     """The same in version 0.3, of September 2024: the layers of 0.1, the head in chunks of 0.6.
 
-    Source: torchtune-0.3, torchtune/modules/transformer.py, TransformerDecoder.forward.
+    Source: torchtune-0-3, torchtune/modules/transformer.py, TransformerDecoder.forward.
     """
 
     def logits(self, run: Forward, hidden: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ class RecipeLoss:
 class OneLoss(RecipeLoss):
     """`CrossEntropyLoss` over all logits, with the classes in the middle dimension.
 
-    Source: torchtune-0.1, recipes/lora_finetune_single_device.py, train.
+    Source: torchtune-0-1, recipes/lora_finetune_single_device.py, train.
     """
 
     source = _LOSS
@@ -289,7 +289,7 @@ class OneLoss(RecipeLoss):
     def outputs(self, logits: Tensor) -> Tensor:
         """Cast the logits, and copy all positions but the last; the copy takes their name.
 
-        Source: torchtune-0.1, torchtune/modules/transformer.py, TransformerDecoder.forward.
+        Source: torchtune-0-1, torchtune/modules/transformer.py, TransformerDecoder.forward.
         """
         logits = ops.cast(logits, F32, "logits in fp32")
         return ops.copy(ops.part(logits, logits.shape), name="shifted logits")
@@ -303,7 +303,7 @@ class OneLoss(RecipeLoss):
             log-softmax     [b, V, s]  4 bytes, saved
             gradients       [b, V, s]  4 bytes, two at a time
 
-        Source: torchtune-0.1, recipes/lora_finetune_single_device.py, train; torch-softmax,
+        Source: torchtune-0-1, recipes/lora_finetune_single_device.py, train; torch-softmax,
         cuda/SoftMax.cu, host_softmax.
         """
         tape = logits.tape

@@ -126,7 +126,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
     # 0.6 is 0.6.1; 0.3 is the main branch of September 2024, 0.1 from March to May of that year.
     "torchtune": {
         "0.6": SoftwareProfile(
-            "torchtune-0.6",
+            "torchtune-0-6",
             ("clip_grad_norm of torchtune's configurations, which is off by default",),
             model_code="estimator.model.torchtune",
             described=_TORCHTUNE,
@@ -135,7 +135,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             clips=False,
         ),
         "0.3": SoftwareProfile(
-            "torchtune-0.6",
+            "torchtune-0-6",
             model_code="estimator.model.torchtune:read_middle",
             described=_TORCHTUNE,
             formats=fitted_middle,
@@ -143,7 +143,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             clips=False,
         ),
         "0.1": SoftwareProfile(
-            "torchtune-0.1",
+            "torchtune-0-1",
             model_code="estimator.model.torchtune:read_early",
             described=_TORCHTUNE,
             formats=fitted_early,

@@ -139,7 +139,7 @@ def fitted_middle(run: Run) -> Run:
 
     Layers are copies of one, and so have their own rotary tables.
 
-    Source: torchtune-0.3, torchtune/models/llama2/_component_builders.py, lora_llama2.
+    Source: torchtune-0-3, torchtune/models/llama2/_component_builders.py, lora_llama2.
     """
     return _packed(run, every_linear=True)
 
@@ -149,7 +149,7 @@ def fitted_early(run: Run) -> Run:
 
     Only layers with an adapter are quantized, and no adapter is told of the dropout.
 
-    Source: torchtune-0.1, torchtune/models/llama2/_component_builders.py, lora_llama2.
+    Source: torchtune-0-1, torchtune/models/llama2/_component_builders.py, lora_llama2.
     """
 
     def without_dropout(module: Module) -> Module:
