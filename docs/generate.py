@@ -234,6 +234,8 @@ _BESIDE: Final[dict[str, dict[str, Any]]] = {
     "rowwise_with_gw_hp": {"fp8": {"name": "torchao"}},
     "HYBRID": {"fp8": {"name": "te"}},
     "E4M3": {"fp8": {"name": "te"}},
+    # As autocast: bf16 weights have gradients that the loss scaler refuses.
+    "fp16": {"precision": "fp32"},
     "foak": {"software": {"version": "4"}},
     "unsloth": {"method": {"name": "lora", "lora_dropout": 0.0}},
 }
