@@ -105,11 +105,17 @@ TECHNIQUES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             {"set_to_none": False},
             {"neftune_noise_alpha": 5.0},
             {"label_smoothing_factor": 0.1},
+            {"max_grad_norm": 0.0},
+            {"ema": "cuda"},
+            {"ema": "cpu"},
+            {"logits_to_keep": 7},
         ]
     ).map(lambda loop: {"loop": loop}),
-    "software": st.sampled_from(["trl", {"framework": "transformers", "version": "4"}]).map(
-        lambda software: {"software": software}
-    ),
+    "8 bits": st.sampled_from(["torchao", "te"]).map(lambda name: {"fp8": {"name": name}}),
+    "quantization-aware training": st.just({"qat": {"name": "torchao"}}),
+    "software": st.sampled_from(
+        ["trl", "torchtune", "litgpt", {"framework": "transformers", "version": "4"}]
+    ).map(lambda software: {"software": software}),
 }
 METHOD_NAMES = tuple(sorted({kind().name for kind in METHODS} | METHOD_ALIASES.keys()))
 
