@@ -50,8 +50,8 @@ def test_the_peak_of_a_step_with_liger_is_what_its_own_code_allocates():
 
 
 def test_a_kernel_that_nobody_knows_is_refused_by_name():
-    with pytest.raises(UnsupportedCombinationError, match=r"unsloth.*known: liger"):
-        _answer(LLAMA, kernels=["unsloth"])
+    with pytest.raises(UnsupportedCombinationError, match=r"xformers.*known: liger"):
+        _answer(LLAMA, kernels=["xformers"])
 
 
 def test_liger_refuses_a_model_that_it_does_not_patch():
