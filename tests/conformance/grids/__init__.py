@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 
 from tests.conformance.grids import (
     bases,
+    combined,
     compiled,
     execution,
     fp8,
@@ -39,6 +40,7 @@ class Grid(Protocol):
 
 GRIDS: Final[tuple[Grid, ...]] = (
     bases,
+    combined,
     compiled,
     execution,
     fp8,
