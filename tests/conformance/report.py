@@ -1,7 +1,12 @@
-"""Run the whole grid and write `docs/conformance.md`: `python -m tests.conformance.report`."""
+"""Run the whole grid and write `docs/conformance.md`: `python -m tests.conformance.report`.
+
+With a part of a name only those cases are run; `--add` behind it puts them into the page beside the
+cases that are there.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,8 +22,8 @@ LIMIT = 0.01
 MEDIAN_LIMIT = 0.001
 
 
-def main(pattern: str = "") -> int:
-    """Compare the cases whose name holds a pattern, and write the page when all were run."""
+def main(pattern: str = "", add: str = "") -> int:
+    """Compare the cases whose name holds a pattern; write the page when all were run, or to add."""
     from rich.console import Console
     from rich.progress import track
 
@@ -42,9 +47,37 @@ def main(pattern: str = "") -> int:
         console.print(f"{name}: {reason}", highlight=False)
     if not pattern:
         PAGE.write_text(page(done, failed), encoding="utf-8")
+    elif add == "--add":
+        ran = {case.name for case in chosen}
+        others = [each for each in _on_page() if each.name not in ran]
+        PAGE.write_text(page([*others, *done], failed), encoding="utf-8")
     worst = max((abs(each.error) for each in done), default=0.0)
     agree = all(each.same_moment for each in done)
     return 0 if not failed and worst <= LIMIT and agree else 1
+
+
+_ROW = re.compile(
+    r"^\| (?P<name>[^|]+) \| (?P<analytic>[\d,]+) \| (?P<dry_run>[\d,]+) \| [^|]+ \| "
+    r"(?P<tensors>[+-][\d.]+) % \| (?P<moment>[^|]+) \|$"
+    r"|^\| (?P<refused>[^|]+) \| (?P<why>[^|]+) \|$",
+    re.MULTILINE,
+)
+
+
+def _on_page() -> list[Comparison]:
+    """Return the comparisons that the page holds, as exactly as it prints them."""
+    found = []
+    for row in _ROW.finditer(PAGE.read_text(encoding="utf-8")):
+        if row["refused"] is not None:
+            if row["refused"] not in ("case", "---"):
+                reason = row["why"]
+                found.append(Comparison(row["refused"], 0, 0, (0, 0), ("", ""), True, reason))
+            continue
+        analytic, dry_run = (int(row[side].replace(",", "")) for side in ("analytic", "dry_run"))
+        tensors = (round(dry_run * (1 + float(row["tensors"]) / 100)), dry_run)
+        moments = (row["moment"], row["moment"])
+        found.append(Comparison(row["name"], analytic, dry_run, tensors, moments, True))
+    return found
 
 
 def _compared(case: Case) -> Comparison | str:

@@ -116,7 +116,9 @@ RECIPES: Final[dict[str, Document]] = {
         {"quantization": {"name": "nf4", "quant_storage": "bfloat16"}, **AUTOCAST}, CHECKPOINTED
     ),
     "skipped modules combined, checkpointed": _lora(
-        {"quantization": {"name": "nf4", "skip_modules": ["down_proj", "lm_head"]}, **AUTOCAST}, CHECKPOINTED
+        {"quantization": {"name": "nf4", "skip_modules": ["down_proj", "lm_head"]}},
+        AUTOCAST,
+        CHECKPOINTED,
     ),
 }  # fmt: skip
 
