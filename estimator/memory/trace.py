@@ -170,7 +170,6 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     forward = Forward(tape, run.spec, run.settings, _activation_dtype(run))
     forward.input_requires_grad = run.input_requires_grad
     forward.checkpointing = run.checkpointing
-    forward.last_layer = len(kinds)
     second = "position_ids" if run.settings.packing else "attention_mask"
     names = ("input_ids", second, "labels") if run.spec.trainers_batch else ("input_ids", "labels")
     batch = [_input(tape, name, run) for name in names[:-1]]

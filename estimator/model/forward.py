@@ -108,8 +108,6 @@ class Forward:
         # A name in the layer's forward, though nobody reads them.
         self.attention_weights: Tensor | None = None
         self.input_requires_grad = False
-        # The site of the last layer, whose backward comes first.
-        self.last_layer = 0
         self.checkpointing: Checkpointing | None = None
         self._params: dict[tuple[int, str, str], Param] = {}
         self._tied: dict[str, str] = {}

@@ -368,6 +368,11 @@ class ModelSpec(Struct, frozen=True, eq=False):
         last = self.embeddings[-1]
         return last if isinstance(last, VirtualTokens) else None
 
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """Return the format of each packed linear layer."""
+        linears = (each for each, _ in self.module_counts() if isinstance(each, Linear))
+        return tuple(each.format for each in linears if each.format is not None)
+
     def module_counts(self) -> Iterator[tuple[Module, int]]:
         """Yield every module with the number of times it occurs; a tied head is left out."""
         for module in self.embeddings:

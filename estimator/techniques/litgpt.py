@@ -63,11 +63,7 @@ def litgpt_formats(run: Run) -> Run:
 
     Source: lightning, fabric/plugins/precision/bitsandbytes.py, _convert_layers.
     """
-    formats = [
-        each.format
-        for each, _ in run.spec.module_counts()
-        if isinstance(each, Linear) and each.format is not None
-    ]
+    formats = run.spec.formats()
     if not formats:
         return run
     packed = formats[0]

@@ -171,11 +171,7 @@ def _packed(run: Run, *, every_linear: bool) -> Run:
     Raises:
         UnsupportedCombinationError: another format than NF4 with its scales quantized.
     """
-    formats = [
-        each.format
-        for each, _ in run.spec.module_counts()
-        if isinstance(each, Linear) and each.format is not None
-    ]
+    formats = run.spec.formats()
     if not formats:
         return run
     asked = formats[0]
