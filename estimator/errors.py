@@ -100,3 +100,11 @@ class MissingDependencyError(CannotEstimateError):
     status = 501
     slug = "missing-dependency"
     title = "An optional dependency is not installed"
+
+
+class InvalidRecordError(EstimatorError):
+    """A measurement record that cannot be read."""
+
+    status = 422
+    slug = "invalid-record"
+    title = "The measurement record cannot be read"

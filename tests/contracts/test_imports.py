@@ -37,7 +37,7 @@ ORDER = (
     ("config_file",),
     ("eager",),
     ("optimizer",),
-    ("components", "dtypes", "section"),
+    ("components", "dtypes", "record", "section"),
     ("errors", "sources", "units"),
 )
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
