@@ -27,6 +27,7 @@ from estimator.pipeline import Engine, device_of
 from estimator.request import EstimateRequest, parse_request
 from estimator.resolve import resolve
 from estimator.service import estimate, requested_gpu
+from estimator.traits import traits
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BIN: Final = Path(sys.executable).parent
@@ -150,7 +151,8 @@ def _recipe(name: str, document: dict[str, Any]) -> Iterator[Timing]:
 def _engine(request: EstimateRequest) -> Engine:
     """Return an engine that has compiled nothing yet."""
     config = find_model(MODEL, Access.CATALOGUE).config
-    return Engine(resolve(request, config, MODEL), {})
+    run = resolve(request, config, MODEL)
+    return Engine(run, {}, traits(request, run.spec.total_parameters()))
 
 
 def _warm(request: EstimateRequest) -> float:

@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from estimator.calibration import ALLOCATED, HANDLES, NEEDED, RESERVED, DeviceConstants
+from estimator.calibration import HANDLES, DeviceConstants
 from estimator.components import COMPONENTS, Component
 from estimator.eager.size import Polynomial
 from estimator.memory.ledger import Entry, Ledger, Row, constant_row
@@ -164,13 +164,9 @@ def outside(
     return tuple(rows)
 
 
-def assumptions(moment: Moment, constants: DeviceConstants) -> tuple[str, ...]:
-    """Return the reason behind every number that has no source."""
+def assumptions(moment: Moment) -> tuple[str, ...]:
+    """Return the reason behind every row of a moment that has no source."""
     reasons = [
-        *(spread.reason.reason for spread in (ALLOCATED, RESERVED, NEEDED)),
-        constants.context_source.reason,
-    ]
-    reasons += [
         each.row.source.reason
         for each in moment.alive.entries
         if isinstance(each.row.source, Assumption)

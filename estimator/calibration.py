@@ -1,16 +1,18 @@
-"""What torch's counters do not show: device constants and the spread of predictions.
+"""What torch's counters do not show: device constants, and how far a measurement may lie.
 
-Until measurements exist these are priors from upstream sources and published figures; each is an
-assumption that the result names.
+The spread of a quantity comes from measurement records through a calibration file. What nothing
+measures yet is a prior from upstream sources, and an assumption that the result names.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from msgspec import Struct
 
-from estimator.result import Range
+from estimator.calibration_file import Chosen, Quantity, Stratum, Traits, choose
+from estimator.result import Promise, Promises, Range
 from estimator.sources import Assumption, Cite
 from estimator.units import GiB, KiB, MiB
 
@@ -54,56 +56,245 @@ _CONSUMER: Final = _context(
 )  # fmt: skip
 
 
-def device_constants(compute_capability: str) -> DeviceConstants:
-    """Return the constants of an architecture; an unknown one gets those of Ampere."""
+KIN: Final = 1.5
+"""How much wider the figures of another card of the same architecture are taken; a choice."""
+
+
+def device_constants(compute_capability: str, gpu: str | None = None) -> DeviceConstants:
+    """Return the constants of a card: measured on it, on its kin, or taken from its architecture.
+
+    Args:
+        gpu: the catalogue's id of the card; an unknown architecture gets the constants of Ampere.
+    """
     hopper = compute_capability.startswith("9.")
     context, reason = _DATACENTER if compute_capability in ("8.0", "9.0", "10.0") else _CONSUMER
-    return DeviceConstants(_HOPPER if hopper else _OTHERS, _CUBLAS, context, reason)
+    prior = DeviceConstants(_HOPPER if hopper else _OTHERS, _CUBLAS, context, reason)
+    if gpu is None:
+        return prior
+    return _measured(choose(gpu, compute_capability), prior)
+
+
+def _measured(known: Chosen, prior: DeviceConstants) -> DeviceConstants:
+    """Put what was measured in the place of a prior."""
+    nearest = known.own or known.kin
+    if nearest is None:
+        return prior
+    context, reason = nearest.constants.context, f"measured on {nearest.gpu}: {nearest.name}"
+    if context is not None and nearest is known.kin:
+        reason = f"{reason}, another card of the same architecture; taken {KIN - 1:.0%} wider"
+        context = _stretched(context, KIN)
+    workspace = nearest.constants.cublas_workspace
+    return DeviceConstants(
+        cublas_workspace=prior.cublas_workspace if workspace is None else workspace,
+        cublas_source=prior.cublas_source,
+        context=prior.context if context is None else context,
+        context_source=prior.context_source
+        if context is None
+        else Assumption(f"CUDA context and loaded kernels {reason}"),
+    )
+
+
+def _stretched(around: Range, factor: float) -> Range:
+    low = around.expected - round((around.expected - around.low) * factor)
+    high = around.expected + round((around.high - around.expected) * factor)
+    return Range(max(0, low), around.expected, high)
+
+
+WIDER: Final = 0.25
+"""How much a range grows with each choice that no measured run had, and with each doubling."""
+UNMEASURED: Final = 0.25
+"""The spread of a quantity that no record is about."""
+
+
+class Work(Struct, frozen=True):
+    """The micro-batch of a run [tokens], and its length [tokens]."""
+
+    tokens: int
+    seq_len: int
+
+
+class Part(Struct, frozen=True):
+    """One calibration's word on a quantity, before the micro-batch is known."""
+
+    stratum: Stratum
+    spread: float
+    steps: float
+    outside: tuple[str, ...]
+    origin: str
+
+    def at(self, work: Work) -> float:
+        """Return the spread at one micro-batch and length; it never shrinks with either."""
+        beyond = self.stratum.beyond(work.tokens, work.seq_len)
+        return self.spread * (1 + WIDER * (self.steps + beyond))
 
 
 class Spread(Struct, frozen=True):
-    """How far a measurement may lie from the expected value, as factors."""
+    """How far a measurement may lie from the expected value; the widest of its parts holds."""
 
-    low: float
-    expected: float
-    high: float
-    reason: Assumption
+    quantity: Quantity
+    parts: tuple[Part, ...]
 
+    def at(self, work: Work) -> float:
+        """Return the spread at one micro-batch and length."""
+        return max((part.at(work) for part in self.parts), default=UNMEASURED)
 
-ALLOCATED: Final = Spread(
-    0.99, 1.0, 1.02,
-    Assumption(
-        "allocated bytes are taken to lie within -1 % and +2 % of the formula; "
-        "no measurement on a GPU backs this yet"
-    ),
-)  # fmt: skip
-RESERVED: Final = Spread(
-    0.97, 1.0, 1.08,
-    Assumption(
-        "reserved bytes come from replaying the step through a model of the caching allocator, and "
-        "are taken to lie within -3 % and +8 % of it; no measurement on a GPU backs this yet"
-    ),
-)  # fmt: skip
-NEEDED: Final = Spread(
-    1.0, 1.0, 1.03,
-    Assumption(
-        "cached blocks are given back before a run fails; what cannot be given back is taken to "
-        "be 3 % of the allocated peak at most; no measurement on a GPU backs this yet"
-    ),
-)  # fmt: skip
+    def around(self, expected: int, work: Work) -> Range:
+        """Return the range in which a measurement lies with the confidence that was asked for."""
+        factor = 1 + self.at(work)
+        return Range(round(expected / factor), expected, round(expected * factor))
 
-
-COMPILED: Final = Spread(
-    0.95, 1.0, 1.0,
-    Assumption(
-        "a compiled step is taken to need at least 95 % of what the partitioner and the fusions of "
-        "torch 2.13 leave, and at most what they leave or what the eager step needs, whichever is "
-        "more: dynamo runs the eager step where it has compiled too many shapes, and what an "
-        "autotuned or padded product takes is not known before it is tried on the card"
-    ),
-)  # fmt: skip
+    def promise(self, work: Work) -> Promise:
+        """Return what the range rests on, and how far the request lies outside of it."""
+        widest = max(self.parts, key=lambda part: part.at(work), default=None)
+        if widest is None:
+            reason = f"{self.quantity}: no record; taken to be within {UNMEASURED:.0%}"
+            return Promise(self.quantity, UNMEASURED, 0, 0, (), 1.0, reason)
+        beyond = widest.stratum.beyond(work.tokens, work.seq_len)
+        longer = (f"{2**beyond:.1f} times more tokens",) if beyond else ()
+        outside = (*widest.outside, *longer)
+        spread, rows, groups = widest.at(work), widest.stratum.rows, len(widest.stratum.groups)
+        reason = f"{self.quantity}: within {spread:.1%}, from {rows} {widest.origin}"
+        reason = f"{reason} in {groups} group{'s' if groups > 1 else ''}"
+        if outside:
+            widened = spread / widest.spread - 1
+            reason = f"{reason}; {widened:.0%} wider than measured, because none had "
+            reason += ", ".join(outside)
+        return Promise(self.quantity, spread, rows, groups, outside, spread / widest.spread, reason)
 
 
+class Ranges(Struct, frozen=True):
+    """How wide the range of each quantity is, for one recipe on one device.
+
+    Args:
+        calibration: the name of the file that the spreads come from.
+        recoverable: the spread of what a run needs, where memory limits were swept; without it
+            the allocated one is taken, and `NEEDED` on top.
+    """
+
+    calibration: str
+    confidence: float
+    constants: DeviceConstants
+    allocated: Spread
+    reserved: Spread
+    device_used: Spread
+    recoverable: Spread | None
+
+    def of_reserved(self, replayed: int, allocated: Range, work: Work) -> Range:
+        """Return the range of `max_memory_reserved`, which is never below the allocated one's."""
+        found = self.reserved.around(replayed, work)
+        return Range(
+            max(found.low, min(allocated.low, found.expected)),
+            found.expected,
+            max(found.high, allocated.high),
+        )
+
+    def of_device_used(self, reserved: Range, managed: int, work: Work) -> Range:
+        """Return what the driver shows as used by the process.
+
+        Args:
+            managed: CUDA managed memory [bytes], which may be on the device or evicted from it.
+        """
+        context = self.constants.context
+        found = self.device_used.around(reserved.expected + context.expected, work)
+        return Range(
+            max(found.low, reserved.low + context.low),
+            found.expected + managed,
+            max(found.high, reserved.high + context.low) + managed,
+        )
+
+    def of_needed(self, allocated: int, work: Work) -> Range:
+        """Return the least device memory with which the run does not run out.
+
+        Cached blocks and managed memory give way under pressure, so they are not part of it.
+
+        Args:
+            allocated: the peak in whole blocks, each of the size that it would get from a fresh
+                segment [bytes].
+        """
+        context = self.constants.context
+        if self.recoverable is not None:
+            found = self.recoverable.around(allocated, work)
+        else:
+            spread = self.allocated.around(allocated, work)
+            found = Range(spread.low, spread.expected, round(spread.high * NEEDED))
+        return Range(
+            found.low + context.low, found.expected + context.expected, found.high + context.high
+        )
+
+    def reasons(self, work: Work) -> tuple[str, ...]:
+        """Return what each range rests on, and what is assumed beside it."""
+        promised = tuple(each.reason for each in self.promises(work).ranges)
+        needed = () if self.recoverable is not None else (NEEDED_REASON.reason,)
+        return (*promised, *needed, self.constants.context_source.reason)
+
+    def promises(self, work: Work) -> Promises:
+        """Return what each range rests on, as the result document holds it."""
+        spreads = (self.allocated, self.reserved, self.device_used, self.recoverable)
+        return Promises(
+            self.calibration,
+            self.confidence,
+            tuple(each.promise(work) for each in spreads if each is not None),
+        )
+
+
+NEEDED: Final = 1.03
+NEEDED_REASON: Final = Assumption(
+    "cached blocks are given back before a run fails; what cannot be given back is taken to "
+    "be 3 % of the allocated peak at most; no sweep of memory limits backs this yet"
+)
+
+
+@lru_cache(maxsize=1024)
+def ranges(traits: Traits, gpu: str | None, compute_capability: str, confidence: float) -> Ranges:
+    """Return how wide the ranges are for a recipe on a card.
+
+    Inside of what was measured on the very card its own residuals hold. Elsewhere the widest holds
+    of what is known: the card's own, widened; its kin's, wider still; and what others published.
+    """
+    known = choose(gpu, compute_capability)
+
+    def spread(quantity: Quantity) -> Spread:
+        return Spread(quantity, _parts(known, quantity, traits, confidence))
+
+    recoverable = spread("needed")
+    named = known.own or known.kin or known.published
+    return Ranges(
+        calibration=named.name if named is not None else "none",
+        confidence=confidence,
+        constants=device_constants(compute_capability, gpu),
+        allocated=spread("allocated"),
+        reserved=spread("reserved"),
+        device_used=spread("device used"),
+        recoverable=recoverable if recoverable.parts else None,
+    )
+
+
+def _parts(
+    known: Chosen, quantity: Quantity, traits: Traits, confidence: float
+) -> tuple[Part, ...]:
+    found = []
+    for calibration, factor in ((known.own, 1.0), (known.kin, KIN), (known.published, 1.0)):
+        stratum = calibration.stratum(quantity, traits.kind) if calibration is not None else None
+        if calibration is None or stratum is None:
+            continue
+        outside = stratum.outside(traits)
+        origin = f"{calibration.origin} runs"
+        if calibration.gpu is not None:
+            origin = f"{origin} on {calibration.gpu}"
+        level = stratum.spread(confidence) * factor
+        found.append(Part(stratum, level, outside.steps, outside.reasons, origin))
+        if calibration is known.own and not outside.steps:
+            break
+    return tuple(found)
+
+
+COMPILED: Final = 0.95
+COMPILED_REASON: Final = Assumption(
+    "a compiled step is taken to need at least 95 % of what the partitioner and the fusions of "
+    "torch 2.13 leave, and at most what they leave or what the eager step needs, whichever is "
+    "more: dynamo runs the eager step where it has compiled too many shapes, and what an "
+    "autotuned or padded product takes is not known before it is tried on the card"
+)
 RECORDED: Final = Assumption(
     "reduce-overhead and max-autotune record CUDA graphs in a pool of their own: at most, all that "
     "the optimizer's step takes beside the gradients comes on top of the peak; what tuned kernels "
@@ -113,51 +304,5 @@ RECORDED: Final = Assumption(
 
 def compiled_range(compiled: Range, eager: Range) -> Range:
     """Return the range of a compiled run, whose high end is never below the eager run's."""
-    low = min(compiled.low, round(compiled.expected * COMPILED.low))
+    low = min(compiled.low, round(compiled.expected * COMPILED))
     return Range(low, compiled.expected, max(compiled.high, eager.high))
-
-
-def allocated_range(expected: int) -> Range:
-    """Return the range of `max_memory_allocated` around its expected value."""
-    return _around(expected, ALLOCATED)
-
-
-def reserved_range(replayed: int) -> Range:
-    """Return the range of `max_memory_reserved` around what the replay gave."""
-    return _around(replayed, RESERVED)
-
-
-def _around(expected: int, spread: Spread) -> Range:
-    return Range(round(expected * spread.low), expected, round(expected * spread.high))
-
-
-def device_used_range(reserved: Range, constants: DeviceConstants, managed: int) -> Range:
-    """Return what the driver shows as used by the process.
-
-    Args:
-        managed: CUDA managed memory [bytes], which may be on the device or evicted from it.
-    """
-    context = constants.context
-    return Range(
-        reserved.low + context.low,
-        reserved.expected + context.expected + managed,
-        reserved.high + context.high + managed,
-    )
-
-
-def needed_range(allocated: int, constants: DeviceConstants) -> Range:
-    """Return the least device memory with which the run does not run out.
-
-    Cached blocks and managed memory give way under pressure, so they are not part of it.
-
-    Args:
-        allocated: the peak in whole blocks, each of the size that it would get from a fresh
-            segment [bytes].
-    """
-    context = constants.context
-    spread = _around(allocated, ALLOCATED)
-    return Range(
-        round(spread.low * NEEDED.low) + context.low,
-        round(spread.expected * NEEDED.expected) + context.expected,
-        round(spread.high * NEEDED.high) + context.high,
-    )

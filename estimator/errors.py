@@ -108,3 +108,10 @@ class InvalidRecordError(EstimatorError):
     status = 422
     slug = "invalid-record"
     title = "The measurement record cannot be read"
+
+
+class InvalidCalibrationError(EstimatorError):
+    """A calibration file that cannot be read, or records that none can be computed from."""
+
+    slug = "invalid-calibration"
+    title = "The calibration cannot be used"

@@ -11,17 +11,17 @@ from msgspec import Struct, structs
 from estimator import __version__
 from estimator.breakdown import Highest, View, assumptions, outside
 from estimator.calibration import (
-    COMPILED,
+    COMPILED_REASON,
     HANDLES,
     RECORDED,
     DeviceConstants,
-    allocated_range,
+    Ranges,
+    Work,
     compiled_range,
     device_constants,
-    device_used_range,
-    needed_range,
-    reserved_range,
+    ranges,
 )
+from estimator.calibration_file import Traits
 from estimator.catalog import Gpu
 from estimator.eager.float8 import MULTIPLE
 from estimator.eager.size import Polynomial, powers
@@ -42,6 +42,7 @@ from estimator.run import Run
 from estimator.techniques.kernels import COMPILATIONS
 from estimator.techniques.optimizers import cpu_offload
 from estimator.techniques.software import profile
+from estimator.traits import traits
 from estimator.verdict import judge
 
 Traces = dict[Regime, Trace]
@@ -51,10 +52,21 @@ FUSED_4BIT_TOKENS = 1536
 
 
 class Device(Struct, frozen=True):
-    """The GPU of a request: its constants and what it offers [bytes]."""
+    """The GPU of a request, what it offers [bytes], and how sure the verdict has to be.
+
+    Args:
+        key: the catalogue's id; None where the card is not in it.
+    """
 
     capacity: Capacity
     constants: DeviceConstants
+    key: str | None
+    compute_capability: str
+    confidence: float
+
+    def ranges(self, recipe: Traits) -> Ranges:
+        """Return how wide the ranges of a recipe are on this device."""
+        return ranges(recipe, self.key, self.compute_capability, self.confidence)
 
 
 class Reading(Struct, frozen=True):
@@ -72,12 +84,12 @@ class Reading(Struct, frozen=True):
     eager: int | None = None
     unpooled: int = 0
 
-    def needed(self, constants: DeviceConstants) -> Range:
+    def needed(self, widths: Ranges, work: Work) -> Range:
         """Return the least device memory with which the run does not run out."""
-        needed = needed_range(self.allocated, constants)
+        needed = widths.of_needed(self.allocated, work)
         if self.eager is None:
             return needed
-        found = compiled_range(needed, needed_range(self.eager, constants))
+        found = compiled_range(needed, widths.of_needed(self.eager, work))
         return Range(found.low, found.expected, found.high + self.unpooled)
 
 
@@ -86,10 +98,12 @@ class Engine:
 
     Args:
         traces: what was traced of this recipe, whatever the optimizer; new ones are added.
+        recipe: what its ranges depend on.
     """
 
-    def __init__(self, run: Run, traces: Traces) -> None:
+    def __init__(self, run: Run, traces: Traces, recipe: Traits) -> None:
         self.run = run
+        self.recipe = recipe
         self.managed = managed_bytes(run)
         # Backward multiplies in a thread of its own.
         self.handles = 1 if run.forward_only else HANDLES
@@ -185,8 +199,14 @@ class Engine:
 
     def verdict(self, micro_batch_size: int, seq_len: int, device: Device) -> Verdict:
         """Return whether one micro-batch and length fits on a device."""
+        needed = self.needed(micro_batch_size, seq_len, device)
+        return judge(needed, device.capacity.usable_bytes)
+
+    def needed(self, micro_batch_size: int, seq_len: int, device: Device) -> Range:
+        """Return the least device memory with which one micro-batch and length does not run out."""
         reading = self.read(micro_batch_size, seq_len, device.constants)
-        return judge(reading.needed(device.constants), device.capacity.usable_bytes)
+        work = Work(micro_batch_size * seq_len, seq_len)
+        return reading.needed(device.ranges(self.recipe), work)
 
     def blocks(self, micro_batch_size: int, seq_len: int, device: Device) -> Blocks:
         """Replay the run through the caching allocator; the latest replay is kept."""
@@ -224,7 +244,7 @@ def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
     An explicit `memory_bytes` wins over the catalogue; what others use is subtracted.
     """
     hardware = request.hardware
-    constants = device_constants(gpu.compute_capability if gpu is not None else "")
+    key, capability = (gpu.key, gpu.compute_capability) if gpu is not None else (None, "")
     name = gpu.name if gpu is not None else hardware.gpu
     usable, source = hardware.memory_bytes, "the request's memory_bytes"
     if usable is None and gpu is not None and gpu.usable_bytes is not None:
@@ -236,7 +256,13 @@ def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
     if usable is not None and hardware.reserved_by_others_bytes:
         usable = max(0, usable - hardware.reserved_by_others_bytes)
         source += f", less {hardware.reserved_by_others_bytes} bytes that others use"
-    return Device(Capacity(name, usable, source), constants)
+    return Device(
+        capacity=Capacity(name, usable, source),
+        constants=device_constants(capability, key),
+        key=key,
+        compute_capability=capability,
+        confidence=request.confidence,
+    )
 
 
 # The fields that an engine is made for; it answers every micro-batch and length of theirs.
@@ -291,7 +317,8 @@ def _engine(asked: _Asked) -> Engine:
     run = resolve(asked.request, asked.config, asked.name)
     # An optimizer in backward is a part of what is traced.
     key = asked.key if run.optimizer.in_backward else asked.key[:-1]
-    engine = Engine(run, _traces(_Asked(asked.request, asked.config, asked.name, key)))
+    recipe = traits(asked.request, run.spec.total_parameters())
+    engine = Engine(run, _traces(_Asked(asked.request, asked.config, asked.name, key)), recipe)
     if run.settings.compiled:
         engine.eager = engine_for(_uncompiled(asked.request), asked.config, asked.name)
     return engine
@@ -325,7 +352,8 @@ def answer(
     b, s = request.micro_batch_size, request.seq_len
     numbers = engine.numbers(b, s)
     at = powers(*numbers)
-    needed = engine.read(b, s, device.constants).needed(device.constants)
+    work, widths = Work(b * s, s), device.ranges(engine.recipe)
+    needed = engine.needed(b, s, device)
     replayed = engine.blocks(b, s, device)
     highest = tuple(
         Highest(moment, replayed.rounding.get(moment.name, 0))
@@ -333,14 +361,15 @@ def answer(
     )
     view = View(at, numbers, device.constants, engine.handles)
     peak = max(highest, key=view.allocated)
-    allocated = allocated_range(view.allocated(peak))
-    reserved = reserved_range(max(replayed.reserved, allocated.expected))
-    reasons = assumptions(peak.moment, device.constants)
+    allocated = widths.allocated.around(view.allocated(peak), work)
+    reserved = widths.of_reserved(max(replayed.reserved, allocated.expected), allocated, work)
+    reasons = (*widths.reasons(work), *assumptions(peak.moment))
+    eager = None
     if engine.eager is not None:
         eager = answer(_uncompiled(request), config, name, gpu).peak
         allocated = compiled_range(allocated, eager.allocated_bytes)
         reserved = compiled_range(reserved, eager.reserved_bytes)
-        reasons = (COMPILED.reason.reason, *reasons)
+        reasons = (COMPILED_REASON.reason, *reasons)
         if engine.run.settings.cuda_graphs:
             unpooled = engine.read(b, s, device.constants).unpooled
             reserved = Range(reserved.low, reserved.expected, reserved.high + unpooled)
@@ -350,6 +379,9 @@ def answer(
     host += cpu_offload.host_bytes(engine.run, trained)
     late = cpu_offload.late_bytes(engine.run, trained)
     reserved = Range(reserved.low, reserved.expected, reserved.high + late)
+    used = widths.of_device_used(reserved, engine.managed, work)
+    if eager is not None:
+        used = compiled_range(used, eager.device_used_bytes)
     spec = engine.run.spec
     total = spec.total_parameters()
     software = profile(request.software.framework, request.software.version)
@@ -364,7 +396,7 @@ def answer(
             runner_up=view.runner_up(highest, peak),
             allocated_bytes=allocated,
             reserved_bytes=reserved,
-            device_used_bytes=device_used_range(reserved, device.constants, engine.managed),
+            device_used_bytes=used,
             needed_bytes=needed,
             host_bytes=Range(host, host, host),
         ),
@@ -376,7 +408,8 @@ def answer(
         limits=Limits(None, None, None, None),
         suggestions=(),
         request=request.to_dict(),
-        assumptions=reasons,
+        promises=widths.promises(work),
+        assumptions=tuple(dict.fromkeys(reasons)),
         notes=(*spec.notes, *_defaults(request)),
         not_modelled=(*NOT_MODELLED, *software.not_modelled),
         versions={"vramplan": __version__, "modelled stack": MODELLED_STACK},
@@ -387,7 +420,6 @@ MODELLED_STACK = "torch 2.13.0, transformers 5.23.0, peft 0.21.2, bitsandbytes 0
 NOT_MODELLED = (
     "host memory, but for what is moved there: activations, an averaged model, torchao's optimizer",
     "evaluation, saving and merging",
-    "the requested confidence: the ranges are priors, and no coverage is promised yet",
 )
 
 

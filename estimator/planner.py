@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
+from estimator.calibration import Work
 from estimator.catalog import Gpu, gpus
 from estimator.errors import EstimatorError
 from estimator.pipeline import Device, Engine, Reading, device_of, engine_for
@@ -49,7 +50,8 @@ def needs(question: Question, request: EstimateRequest) -> Needs | None:
         reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
     except EstimatorError:
         return None
-    needed = reading.needed(device.constants)
+    work = Work(request.micro_batch_size * request.seq_len, request.seq_len)
+    needed = reading.needed(device.ranges(engine.recipe), work)
     return Needs(needed.expected, reading.moment.name, judge(needed, device.capacity.usable_bytes))
 
 
@@ -106,11 +108,11 @@ def _smallest_gpu(engine: Engine, request: EstimateRequest) -> str | None:
     b, s = request.micro_batch_size, request.seq_len
     readings: dict[int, Reading] = {}
     for gpu in _candidates(request):
-        constants = device_of(gpu, request).constants
-        workspace = constants.cublas_workspace
+        device = device_of(gpu, request)
+        workspace = device.constants.cublas_workspace
         if workspace not in readings:
-            readings[workspace] = engine.read(b, s, constants)
-        needed = readings[workspace].needed(constants)
+            readings[workspace] = engine.read(b, s, device.constants)
+        needed = readings[workspace].needed(device.ranges(engine.recipe), Work(b * s, s))
         if judge(needed, gpu.usable_bytes) == "fits":
             return gpu.key
     return None

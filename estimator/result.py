@@ -89,6 +89,39 @@ class Peak(Struct, frozen=True):
     host_bytes: Range
 
 
+class Promise(Struct, frozen=True):
+    """What the range of one quantity rests on.
+
+    Args:
+        spread: measured over expected lies between 1 / (1 + spread) and 1 + spread.
+        rows, groups: how many measurements, and of how many sources or model families.
+        outside: what this request has that none of them had.
+        widened: the factor on the spread for that; 1 where the request is like them.
+        reason: the same in one sentence.
+    """
+
+    quantity: str
+    spread: float
+    rows: int
+    groups: int
+    outside: tuple[str, ...]
+    widened: float
+    reason: str
+
+
+class Promises(Struct, frozen=True):
+    """The confidence of the ranges, and where it comes from.
+
+    Args:
+        calibration: the name of the file in `data/calibration/`.
+        confidence: the share of measurements that a range is meant to hold.
+    """
+
+    calibration: str
+    confidence: float
+    ranges: tuple[Promise, ...]
+
+
 class Capacity(Struct, frozen=True):
     """What the driver really offers to this process [bytes]; None without a GPU in the request."""
 
@@ -176,6 +209,7 @@ class Result(Struct, frozen=True):
     limits: Limits
     suggestions: tuple[Suggestion, ...]
     request: dict[str, Any]
+    promises: Promises
     outside: tuple[ResultRow, ...] = ()
     waterfall: tuple[WaterfallStep, ...] = ()
     assumptions: tuple[str, ...] = ()

@@ -47,7 +47,7 @@ def estimate(
         limits=limits(question),
         suggestions=found,
         waterfall=waterfall(question) if request.waterfall else (),
-        message=sentence(result.verdict, result.peak, result.capacity, found),
+        message=sentence(result.verdict, result.peak, result.capacity, found, request.confidence),
     )
 
 

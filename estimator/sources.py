@@ -629,4 +629,9 @@ SOURCES: Final[dict[str, Source]] = {
         "Megatron-LM, gradient clipping",
         "https://github.com/NVIDIA/Megatron-LM/blob/core_v0.12.0/megatron/core/optimizer/clip_grads.py",
     ),
+    "mapie": Source(
+        "code",
+        "MAPIE at commit 0337adf0d2d9, theoretical description of its intervals for regression",
+        "https://github.com/scikit-learn-contrib/MAPIE/blob/0337adf0d2d9de9f1eabc5b4b80d7a448dee50bb/doc/theoretical_description_regression.rst",
+    ),
 }

@@ -7,10 +7,11 @@ from estimator.units import gib
 
 
 def judge(needed: Range, usable_bytes: int | None) -> Verdict:
-    """Return whether a run fits: certainly, maybe, or not at all.
+    """Return whether a run fits, may fit or does not, with the confidence of the range.
 
-    `fits` needs the high end of the range to fit, `does_not_fit` the low end not to; between the
-    two it is `tight`. Without a capacity there is nothing to judge by.
+    `fits` needs the high end of the range to fit: a run needs more than that with a chance of at
+    most 1 - confidence. `does_not_fit` needs the low end not to; between the two it is `tight`.
+    Without a capacity there is nothing to judge by.
     """
     if usable_bytes is None:
         return "unknown"
@@ -20,11 +21,16 @@ def judge(needed: Range, usable_bytes: int | None) -> Verdict:
 
 
 def sentence(
-    verdict: Verdict, peak: Peak, capacity: Capacity, suggestions: tuple[Suggestion, ...]
+    verdict: Verdict,
+    peak: Peak,
+    capacity: Capacity,
+    suggestions: tuple[Suggestion, ...],
+    confidence: float,
 ) -> str:
     """Return the answer in one breath: the need, the offer, the moment, the cheapest fix."""
     needed = peak.needed_bytes
     need = f"{gib(needed.low)} to {gib(needed.high)} of device memory"
+    need = f"{need} with {100 * confidence:g} % confidence"
     when = f"the peak is the moment {peak.moment!r}"
     if capacity.usable_bytes is None:
         return f"Needs {need}; {when}. Not judged: {capacity.source}."

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from estimator import __version__
 from estimator.breakdown import outside
-from estimator.calibration import (
-    ALLOCATED,
-    NEEDED,
-    RESERVED,
-    allocated_range,
-    device_used_range,
-    needed_range,
-    reserved_range,
-)
+from estimator.calibration import Work
 from estimator.components import COMPONENTS, Component
 from estimator.memory.allocator import charge
 from estimator.pipeline import device_of
@@ -31,6 +23,7 @@ from estimator.result import (
     RunnerUp,
 )
 from estimator.service import requested_gpu
+from estimator.traits import traits
 from estimator.verdict import judge, sentence
 from profiler import trace
 
@@ -53,10 +46,12 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
     """Return the result document of a traced run."""
     reading = trace.read(run.trace)
     device = device_of(requested_gpu(request), request)
-    allocated = allocated_range(reading.peak.allocated_bytes)
-    reserved = reserved_range(reading.reserved_bytes)
-    used = device_used_range(reserved, device.constants, run.managed_bytes)
-    needed = needed_range(_fresh_blocks(run.trace, reading), device.constants)
+    work = Work(request.micro_batch_size * request.seq_len, request.seq_len)
+    widths = device.ranges(traits(request, run.parameters.total))
+    allocated = widths.allocated.around(reading.peak.allocated_bytes, work)
+    reserved = widths.of_reserved(reading.reserved_bytes, allocated, work)
+    used = widths.of_device_used(reserved, run.managed_bytes, work)
+    needed = widths.of_needed(_fresh_blocks(run.trace, reading), work)
     verdict = judge(needed, device.capacity.usable_bytes)
     peak = Peak(
         moment=reading.peak.phase,
@@ -72,7 +67,7 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
         engine="dry-run",
         model=model_name(request),
         verdict=verdict,
-        message=sentence(verdict, peak, device.capacity, ()),
+        message=sentence(verdict, peak, device.capacity, (), request.confidence),
         peak=peak,
         capacity=device.capacity,
         breakdown=_breakdown(run.trace, reading.peak),
@@ -82,13 +77,8 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
         suggestions=(),
         request=request.to_dict(),
         outside=outside(allocated, reserved, device.constants, run.managed_bytes),
-        assumptions=(
-            *_ASSUMPTIONS,
-            ALLOCATED.reason.reason,
-            RESERVED.reason.reason,
-            NEEDED.reason.reason,
-            device.constants.context_source.reason,
-        ),
+        promises=widths.promises(work),
+        assumptions=(*widths.reasons(work), *_ASSUMPTIONS),
         notes=(*run.notes, *((_NO_WATERFALL,) if request.waterfall else ())),
         not_modelled=_NOT_MODELLED,
         versions=versions(),

@@ -11,6 +11,7 @@ from estimator.eager.size import powers
 from estimator.pipeline import Engine
 from estimator.request import parse_request
 from estimator.resolve import resolve
+from estimator.traits import traits
 
 Peaks = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[int, int]]
 
@@ -26,9 +27,9 @@ def peaks() -> Peaks:
         request = parse_request(
             {"model": {"config": dict(config)}, "micro_batch_size": 2, "seq_len": 512, **recipe}
         )
-        step = Engine(resolve(request, config, "model"), {}).step(
-            request.micro_batch_size, request.seq_len
-        )
+        run = resolve(request, config, "model")
+        engine = Engine(run, {}, traits(request, run.spec.total_parameters()))
+        step = engine.step(request.micro_batch_size, request.seq_len)
         at = powers(request.micro_batch_size, request.seq_len)
         highest = {"loss forward": 0, "backward": 0}
         for moment in step.moments:

@@ -14,6 +14,7 @@ from estimator.resolve import resolve
 from estimator.service import estimate
 from estimator.techniques.method import by_layer
 from estimator.techniques.methods import badam
+from estimator.traits import traits
 from tests.conformance.cases import MODELS
 from tests.estimator.techniques.optimizers.real import TOY, toy_model
 
@@ -79,14 +80,16 @@ def test_the_turn_of_no_other_layer_needs_more(
     document = {
         "model": {"config": config}, "method": "badam", "activation_checkpointing": checkpointing,
     }  # fmt: skip
+    request = parse_request(document)
 
     def peak(turn: int) -> int:
         def taken(spec: Any, _: Any, change: Any) -> Any:
             return by_layer(spec, lambda index: index == turn, change)
 
         monkeypatch.setattr(badam, "by_layer", taken)
-        run = resolve(parse_request(document), config, "llama")
-        return Engine(run, {}).read(2, 700, device_constants("8.0")).allocated
+        run = resolve(request, config, "llama")
+        engine = Engine(run, {}, traits(request, run.spec.total_parameters()))
+        return engine.read(2, 700, device_constants("8.0")).allocated
 
     peaks = [peak(turn) for turn in range(5)]
     assert max(peaks) == peaks[0]

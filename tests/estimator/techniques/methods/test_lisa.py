@@ -16,6 +16,7 @@ from estimator.resolve import resolve
 from estimator.service import estimate
 from estimator.techniques.method import by_layer
 from estimator.techniques.methods import lisa
+from estimator.traits import traits
 from tests.conformance.cases import MODELS
 from tests.estimator.techniques.optimizers.real import TOY, toy_model
 
@@ -80,14 +81,16 @@ def test_no_other_draw_needs_more(optimizer: str, checkpointing: str) -> None:
         "model": {"config": config}, "method": "lisa", "optimizer": optimizer,
         "activation_checkpointing": checkpointing,
     }  # fmt: skip
+    request = parse_request(document)
 
     def peak(draw: tuple[int, ...]) -> int:
         def drawn(spec: Any, _: Any, change: Any) -> Any:
             return by_layer(spec, lambda index: index in draw, change)
 
         with mock.patch.object(lisa, "by_layer", drawn):
-            run = resolve(parse_request(document), config, "llama")
-        return Engine(run, {}).read(2, 700, device_constants("8.0")).allocated
+            run = resolve(request, config, "llama")
+        engine = Engine(run, {}, traits(request, run.spec.total_parameters()))
+        return engine.read(2, 700, device_constants("8.0")).allocated
 
     peaks = {draw: peak(draw) for draw in combinations(range(5), 2)}
     assert max(peaks.values()) == peaks[3, 4]
