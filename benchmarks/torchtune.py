@@ -163,7 +163,7 @@ def _place(model: Any) -> None:
                 parts, {**context, "tensor_meta": about}, None, None
             )
             module._parameters[name] = torch.nn.Parameter(packed, requires_grad=False)
-    place(model, "cpu")
+    place(model, "cpu", fake=True)
 
 
 def _measured(request: EstimateRequest, model: Any, early: bool) -> trace.Reading:

@@ -77,12 +77,13 @@ class SaveOnHost(torch.autograd.graph.saved_tensors_hooks):  # type: ignore[misc
 
 
 @contextlib.contextmanager
-def running(how: Checkpointing | None) -> Iterator[None]:
-    """Let a step run: copies to the host are seen, and attention is checkpointed by itself."""
+def running(how: Checkpointing | None, *, fake: bool) -> Iterator[None]:
+    """Let a step run: attention is checkpointed by itself; fake copies to the host are seen."""
     from transformers import modeling_utils
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(modeling_utils, "save_on_cpu", SaveOnHost))
+        if fake:
+            stack.enter_context(mock.patch.object(modeling_utils, "save_on_cpu", SaveOnHost))
         if how is not None and how.scope == "attention":
             functions = type(modeling_utils.ALL_ATTENTION_FUNCTIONS)
             found = functions.get_interface
@@ -94,10 +95,14 @@ def running(how: Checkpointing | None) -> Iterator[None]:
         yield
 
 
-def forward_context(how: Checkpointing | None) -> contextlib.AbstractContextManager[Any]:
+def forward_context(
+    how: Checkpointing | None, *, fake: bool
+) -> contextlib.AbstractContextManager[Any]:
     """Return the context that a hand-written loop puts around the forward pass."""
     if how is not None and how.scope == "none" and how.offload:
-        return SaveOnHost(pin_memory=True)
+        hooks = SaveOnHost if fake else torch.autograd.graph.save_on_cpu
+        context: contextlib.AbstractContextManager[Any] = hooks(pin_memory=True)
+        return context
     return contextlib.nullcontext()
 
 

@@ -147,7 +147,8 @@ def _traced(
             for tensor, path, operator, component in workload.standing(job):
                 meter.adopt(tensor, path, operator, component)
             which = f"{how.num_traced} of {how.num_layers} layers" if how else "all layers"
-            with checkpointing.running(parse_checkpointing(request.activation_checkpointing)):
+            how_checkpointed = parse_checkpointing(request.activation_checkpointing)
+            with checkpointing.running(how_checkpointed, fake=True):
                 progress(0.2, f"tracing {which}, first step")
                 job.step(meter.phase)
                 _own_states(meter, job.optimizer)

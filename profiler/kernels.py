@@ -1,4 +1,4 @@
-"""Kernels that replace parts of a real model's layers, run without the kernels themselves."""
+"""Kernels that replace parts of a real model's layers; fake tensors go without the kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from unittest import mock
 
 from estimator.errors import MissingDependencyError
 from estimator.request import EstimateRequest
-from profiler import without_kernels
-from profiler.without_kernels import Library, OnCuda
+from profiler.without_kernels import Installed, Library, OnCuda, library
 
 # What is run: none, or one of these by itself.
 SETS: Final[tuple[tuple[str, ...], ...]] = ((), ("liger",), ("unsloth",), ("compile",))
@@ -23,19 +22,20 @@ _LAYERS: Final = ("rope", "rms_norm", "swiglu", "geglu")
 _LOSSES: Final = ("cross_entropy", "fused_linear_cross_entropy")
 
 
-def liger() -> Library:
-    """Return Liger without its kernels."""
-    return without_kernels.library("liger_kernel", "transformers.monkey_patch")
+def liger(*, fake: bool) -> Library | Installed:
+    """Return Liger; for fake tensors, without its kernels."""
+    return library("liger_kernel", "transformers.monkey_patch", fake=fake)
 
 
-def fit(model: Any, request: EstimateRequest) -> None:
+def fit(model: Any, request: EstimateRequest, *, fake: bool) -> None:
     """Patch a model as `use_liger_kernel` does, but for the loss.
 
     Source: liger_kernel/transformers/monkey_patch.py, `_apply_liger_kernel_to_instance`.
     """
     if "liger" in request.kernels:
-        with liger().present():
-            patch = liger()["transformers.monkey_patch"]._apply_liger_kernel_to_instance
+        found = liger(fake=fake)
+        with found.present():
+            patch = found["transformers.monkey_patch"]._apply_liger_kernel_to_instance
             patch(model, **dict.fromkeys(_LAYERS, True), **dict.fromkeys(_LOSSES, False))
 
 
@@ -56,14 +56,18 @@ def restored(request: EstimateRequest, model_type: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(
-    request: EstimateRequest, compute_capability: tuple[int, int], multiprocessors: int
+    request: EstimateRequest,
+    compute_capability: tuple[int, int],
+    multiprocessors: int,
+    *,
+    fake: bool,
 ) -> Iterator[None]:
-    """Let the kernels' code believe that it runs on a GPU."""
-    if "liger" not in request.kernels:
+    """Let the kernels' code believe that it runs on a GPU, where the tensors are fake."""
+    if "liger" not in request.kernels or not fake:
         yield
         return
-    library = liger()
-    norm = library["ops.rms_norm"]
+    found = liger(fake=True)
+    norm = found["ops.rms_norm"]
     backward = norm.rms_norm_backward
     properties = SimpleNamespace(multi_processor_count=multiprocessors)
 
@@ -75,7 +79,7 @@ def running(
         ):
             return backward(*args, **kwargs)
 
-    with library.present(), mock.patch.object(norm, "rms_norm_backward", on_cuda):
+    with found.present(), mock.patch.object(norm, "rms_norm_backward", on_cuda):
         yield
 
 
@@ -99,6 +103,8 @@ def compile_model(
     request: EstimateRequest,
     compute_capability: tuple[int, int],
     multiprocessors: int,
+    *,
+    fake: bool,
 ) -> None:
     """Compile a model in place, whole, as `torch_compile=True` does.
 
@@ -108,9 +114,12 @@ def compile_model(
     if compiles(request):
         if importlib.util.find_spec("triton") is None:
             raise MissingDependencyError(
-                "the dry run of torch.compile needs 'triton', in whose language inductor writes "
-                "its kernels; run: pip install --no-deps triton"
+                "torch.compile needs 'triton', in whose language inductor writes its kernels; "
+                "run: pip install --no-deps triton"
             )
+        if not fake:
+            model.compile()
+            return
         from profiler import inductor
 
         model.compile(backend=inductor.Backend(compute_capability, multiprocessors))

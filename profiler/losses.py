@@ -1,27 +1,31 @@
 """How a real model computes its loss: its own head and loss, or a function that takes both.
 
-The functions are those of the libraries themselves, run without their kernels. Each replaces
-`forward` of the model on the meta device, as the library's own patch does.
+The functions are those of the libraries themselves; for fake tensors their kernels do not run. Each
+replaces `forward` of the model on the meta device, as the library's own patch does.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final
 from unittest import mock
 
 from estimator.errors import UnsupportedCombinationError
 from estimator.request import EstimateRequest
-from profiler import trace, unsloth, without_kernels
-from profiler.without_kernels import Library, OnCuda
+from profiler import trace, unsloth
+from profiler.without_kernels import Installed, Library, OnCuda, library
 
 PhaseCallback = Callable[[str], None]
 
 
+@dataclass(frozen=True)
 class ModelsOwn:
     """Logits and `loss_function`, as transformers' model classes write them."""
+
+    fake: bool = True
 
     def fit(self, model: Any) -> None:
         """Leave the model as it is."""
@@ -49,16 +53,19 @@ class ModelsOwn:
             base.loss_function = loss_function
 
 
+@dataclass(frozen=True)
 class FusedLinear:
     """Liger's loss, as `use_liger_kernel` puts it into the model and without its other kernels.
 
     Source: liger_kernel/transformers/monkey_patch.py, `_apply_liger_kernel_to_instance`.
     """
 
+    fake: bool = True
+
     @property
-    def library(self) -> Library:
-        """Liger without its kernels."""
-        return without_kernels.library("liger_kernel", "transformers.monkey_patch")
+    def library(self) -> Library | Installed:
+        """Liger; for fake tensors, without its kernels."""
+        return library("liger_kernel", "transformers.monkey_patch", fake=self.fake)
 
     def fit(self, model: Any) -> None:
         """Replace the model's forward by the one that hands hidden states to the loss.
@@ -80,29 +87,32 @@ class FusedLinear:
     def running(
         self, model: Any, phase: PhaseCallback, compute_capability: tuple[int, int]
     ) -> Iterator[None]:
-        """Announce the loss, and let its code believe that it runs on a GPU."""
-        library = self.library
-        ops = library["ops.fused_linear_cross_entropy"]
+        """Announce the loss, and let its code believe that it runs on a GPU, if it does not."""
+        found = self.library
+        ops = found["ops.fused_linear_cross_entropy"]
         with contextlib.ExitStack() as patches:
-            patches.enter_context(library.present())
-            for module in library.holding("LigerForCausalLMLoss"):
+            patches.enter_context(found.present())
+            for module in found.holding("LigerForCausalLMLoss"):
                 _wrap(patches, module, "LigerForCausalLMLoss", before=phase)
-            for name in ("forward", "backward"):
+            for name in ("forward", "backward") if self.fake else ():
                 name = f"fused_linear_cross_entropy_{name}"
                 _wrap(patches, ops, name, inside=lambda: OnCuda("liger_kernel", compute_capability))
             yield
 
 
+@dataclass(frozen=True)
 class CutCrossEntropy:
     """Apple's loss on hidden states, as its patch of transformers' models calls it.
 
     Source: ml-cross-entropy, transformers/llama.py and transformers/utils.py, apply_lce.
     """
 
+    fake: bool = True
+
     @property
-    def library(self) -> Library:
-        """The package without its kernels."""
-        return without_kernels.library("cut_cross_entropy", "linear_cross_entropy")
+    def library(self) -> Library | Installed:
+        """The package; for fake tensors, without its kernels."""
+        return library("cut_cross_entropy", "linear_cross_entropy", fake=self.fake)
 
     def fit(self, model: Any) -> None:
         """Replace the model's forward by one that hands hidden states to the loss."""
@@ -128,23 +138,26 @@ class CutCrossEntropy:
         self, model: Any, phase: PhaseCallback, compute_capability: tuple[int, int]
     ) -> Iterator[None]:
         """Announce the loss."""
-        library = self.library
+        found = self.library
         with contextlib.ExitStack() as patches:
-            patches.enter_context(library.present())
-            _wrap(patches, library["linear_cross_entropy"], "linear_cross_entropy", before=phase)
+            patches.enter_context(found.present())
+            _wrap(patches, found["linear_cross_entropy"], "linear_cross_entropy", before=phase)
             yield
 
 
+@dataclass(frozen=True)
 class Chunked:
     """The head that TRL's SFTTrainer gives the model, and the loss that it makes of it.
 
     Source: trl/trainer/sft_trainer.py, `SFTTrainer.__init__` and `compute_loss`.
     """
 
+    fake: bool = True
+
     @property
-    def library(self) -> Library:
-        """TRL without its kernels."""
-        return without_kernels.library("trl", "trainer.utils", "kernels.chunked_logprob")
+    def library(self) -> Library | Installed:
+        """TRL; for fake tensors, without its kernels."""
+        return library("trl", "trainer.utils", "kernels.chunked_logprob", fake=self.fake)
 
     def fit(self, model: Any) -> None:
         """Let the model return log-probabilities in place of logits, and reduce them."""
@@ -165,11 +178,11 @@ class Chunked:
     def running(
         self, model: Any, phase: PhaseCallback, compute_capability: tuple[int, int]
     ) -> Iterator[None]:
-        """Announce the loss, and let TRL take what it takes on a GPU."""
+        """Announce the loss, and let TRL take what it takes on a GPU, where there is none."""
         import torch
 
-        library = self.library
-        head, kernel = library["trainer.utils"], library["kernels.chunked_logprob"]
+        found = self.library
+        head, kernel = found["trainer.utils"], found["kernels.chunked_logprob"]
 
         def announce(name: str) -> None:
             # The backward pass gathers the head as well.
@@ -183,19 +196,20 @@ class Chunked:
             """`_addmm_fp32` on a GPU: cuBLAS adds to the accumulator."""
 
         with contextlib.ExitStack() as patches:
-            patches.enter_context(library.present())
+            patches.enter_context(found.present())
             _wrap(patches, head, "maybe_gather_lm_head_ctx", before=announce)
-            for module in (head, kernel):
-                patches.enter_context(mock.patch.object(module, "_use_triton", on_a_gpu))
-            patches.enter_context(mock.patch.object(kernel, "_addmm_fp32", in_place))
+            if self.fake:
+                for module in (head, kernel):
+                    patches.enter_context(mock.patch.object(module, "_use_triton", on_a_gpu))
+                patches.enter_context(mock.patch.object(kernel, "_addmm_fp32", in_place))
             yield
 
 
 LOSSES: Final[dict[str, Any]] = {
-    "standard": ModelsOwn(),
-    "fused_linear": FusedLinear(),
-    "cut_cross_entropy": CutCrossEntropy(),
-    "chunked": Chunked(),
+    "standard": ModelsOwn,
+    "fused_linear": FusedLinear,
+    "cut_cross_entropy": CutCrossEntropy,
+    "chunked": Chunked,
 }
 
 # Bytes of a number of half precision.
@@ -205,9 +219,14 @@ _HALF: Final = 2
 _LIGER_KERNELS: Final = ("rope", "rms_norm", "swiglu", "geglu", "layer_norm", "cross_entropy")
 
 
-def of(request: EstimateRequest) -> Any:
-    """Return how the model of a request computes its loss."""
-    return unsloth.UnslothLoss() if unsloth.wanted(request) else LOSSES[request.loss]
+def of(request: EstimateRequest, *, fake: bool) -> Any:
+    """Return how the model of a request computes its loss.
+
+    Args:
+        request: one single-GPU run.
+        fake: whether the tensors have no values, so that kernels are not launched.
+    """
+    return unsloth.UnslothLoss() if unsloth.wanted(request) else LOSSES[request.loss](fake)
 
 
 def _base(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Optimizers that project gradients to a low rank, as the Trainer builds them, on fake tensors."""
+"""Optimizers that project gradients to a low rank, as the Trainer builds them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ def galore(
     library: Any, model: Any, groups: list[dict[str, Any]], asked: Optimizer, lr: float
 ) -> Any:
     """Return GaLore's AdamW over all linear layers; projectors are renewed at every step."""
-    settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
-    chosen = _split(model, groups, settings)
+    chosen = split(model, groups, galore_settings(asked))
     return library.GaLoreAdamW(chosen, lr=lr, no_deprecation_warning=True)
 
 
@@ -39,10 +38,9 @@ def galore_8bit(
             ):
                 return super().step(closure)
 
-    settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
     with unset_fake_temporarily():
         # Its code books are computed from data when it is built.
-        optimizer = Waitless(_split(model, groups, settings), lr=lr)
+        optimizer = Waitless(split(model, groups, galore_settings(asked)), lr=lr)
     optimizer.name2qmap = {
         name: torch.ones(table.numel()) for name, table in optimizer.name2qmap.items()
     }
@@ -57,8 +55,7 @@ def galore_adafactor(
     library: Any, model: Any, groups: list[dict[str, Any]], asked: Optimizer, lr: float
 ) -> Any:
     """Return GaLore over Adafactor, with the Trainer's two settings."""
-    settings = {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
-    chosen = _split(model, groups, settings)
+    chosen = split(model, groups, galore_settings(asked))
     return library.GaLoreAdafactor(chosen, lr=lr, scale_parameter=False, relative_step=False)
 
 
@@ -73,7 +70,17 @@ def apollo(
     from apollo_torch import random_projector  # type: ignore[import-untyped]  # it has no types
 
     random_projector.next_seed = lambda seed: seed + 1
-    settings = {
+    return library.APOLLOAdamW(split(model, groups, apollo_settings(asked)), lr=lr)
+
+
+def galore_settings(asked: Optimizer) -> dict[str, Any]:
+    """Return what GaLore is told of projected weights."""
+    return {"rank": asked.rank, "update_proj_gap": 1, "scale": 0.25, "proj_type": "std"}
+
+
+def apollo_settings(asked: Optimizer) -> dict[str, Any]:
+    """Return what APOLLO is told of projected weights."""
+    return {
         "rank": asked.rank,
         "proj": "random",
         "scale_type": asked.scale_type or "channel",
@@ -81,10 +88,9 @@ def apollo(
         "scale": 1.0,
         "proj_type": "std",
     }
-    return library.APOLLOAdamW(_split(model, groups, settings), lr=lr)
 
 
-def _split(
+def split(
     model: Any, groups: list[dict[str, Any]], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Return what is not projected, and the weights of linear layers with their settings.

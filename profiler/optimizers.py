@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -13,14 +12,21 @@ from estimator.errors import InvalidRequestError, MissingDependencyError
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
-from profiler import cpu_offload, low_rank, lowmem, small_libraries, together
+from profiler import (
+    cpu_offload,
+    low_rank,
+    lowmem,
+    real_optimizers,
+    small_libraries,
+    together,
+)
 from profiler.badam import Blocks
+from profiler.optimizer_library import LEARNING_RATE, library, refuse_implementation
 from profiler.unroll import Shortening
 
 if TYPE_CHECKING:
     from profiler.instrument import Meter
 
-LEARNING_RATE: Final = 1e-5
 # bitsandbytes/optim/optimizer.py, get_state_buffer: smaller states are never paged.
 _SMALLEST_PAGED: Final = 100_000
 # The same file, Optimizer8bit.__init__, min_8bit_size.
@@ -28,8 +34,13 @@ _SMALLEST_8BIT: Final = 4096
 _IMPLEMENTATIONS: Final = ("foreach", "fused", "single")
 
 
-def build(model: Any, request: EstimateRequest) -> Any:
+def build(model: Any, request: EstimateRequest, *, fake: bool = True) -> Any:
     """Return the optimizer over the trainable parameters, in the Trainer's two groups.
+
+    Args:
+        model: with its storage.
+        request: what was asked.
+        fake: whether the parameters are fake tensors; some libraries need a hand with these.
 
     Raises:
         InvalidRequestError: the optimizer, or the implementation of it, is not known.
@@ -40,13 +51,15 @@ def build(model: Any, request: EstimateRequest) -> Any:
         known = ", ".join(sorted(_BUILDERS))
         raise InvalidRequestError(f"unknown optimizer {asked.name!r}; known: {known}")
     build_one = _BUILDERS[asked.name]
+    if not fake:
+        build_one = real_optimizers.BUILDERS.get(asked.name, build_one)
     ratio = getattr(request.method, "loraplus_lr_ratio", None)
     groups = parameter_groups(model) if ratio is None else _loraplus_groups(model, ratio)
     if asked.name in ("lomo", "adalomo"):
-        return build_one(model, groups, asked)
+        return _lomo(model, groups, asked, fake=fake)
     if request.method.name == "badam":
-        library = _library("badam.block_optim", "badam", asked)
-        return Blocks(library, model, build_one(model, groups, asked))
+        badam = library("badam.block_optim", "badam", asked)
+        return Blocks(badam, model, build_one(model, groups, asked))
     if asked.in_backward:
         return InBackward(groups, lambda alone: build_one(model, alone, asked))
     if request.precision == "master_bf16":
@@ -256,7 +269,7 @@ class FusedBackward:
     works. AdaLomo's statistics are kept by name, and go to CUDA by themselves.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, *, fake: bool) -> None:
         import torch
         from lomo_optim import AdaLomo, Lomo  # type: ignore[import-untyped]  # it has no types
 
@@ -274,7 +287,8 @@ class FusedBackward:
 
                 return watched
 
-        with _patched(torch.Tensor, "cuda", lambda tensor: tensor):
+        on_device = _patched(torch.Tensor, "cuda", lambda tensor: tensor)
+        with on_device if fake else contextlib.nullcontext():
             self.inner = Watched(model, lr=LEARNING_RATE)
         self.defaults: dict[str, Any] = self.inner.defaults
 
@@ -452,36 +466,36 @@ def _sgd(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
 def _adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     from transformers.optimization import Adafactor
 
-    _refuse_implementation(asked)
+    refuse_implementation(asked)
     return Adafactor(
         groups, lr=LEARNING_RATE, beta1=asked.beta1, scale_parameter=False, relative_step=False
     )
 
 
 def _lowmem_adafactor(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    _refuse_implementation(asked)
+    refuse_implementation(asked)
     return lowmem.optimizer(groups, LEARNING_RATE)
 
 
 def _lion(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    _refuse_implementation(asked)
-    lion = _library("lion_pytorch", "lion-pytorch", asked)
+    refuse_implementation(asked)
+    lion = library("lion_pytorch", "lion-pytorch", asked)
     return lion.Lion(groups, lr=LEARNING_RATE)
 
 
 def _sophia(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return the authors' SophiaG; sophia-opt holds their file as it is."""
-    _refuse_implementation(asked)
-    return _library("sophia_opt", "sophia-opt", asked).SophiaG(groups, lr=LEARNING_RATE)
+    refuse_implementation(asked)
+    return library("sophia_opt", "sophia-opt", asked).SophiaG(groups, lr=LEARNING_RATE)
 
 
 def _schedule_free(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return an optimizer of schedulefree in train mode, as the Trainer puts it; it is foreach."""
-    _refuse_implementation(asked)
+    refuse_implementation(asked)
     classes = {"adamw": "AdamW", "radam": "RAdam", "sgd": "SGD"}
     kind = classes[asked.name.removeprefix("schedule_free_")]
-    library = _library("schedulefree", "schedulefree", asked)
-    optimizer = getattr(library, f"{kind}ScheduleFree")(groups, lr=LEARNING_RATE)
+    schedulefree = library("schedulefree", "schedulefree", asked)
+    optimizer = getattr(schedulefree, f"{kind}ScheduleFree")(groups, lr=LEARNING_RATE)
     optimizer.train()
     for group in optimizer.param_groups:
         # In its first steps RAdam takes a shorter way.
@@ -490,26 +504,26 @@ def _schedule_free(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> An
 
 
 def _galore(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    _refuse_implementation(asked)
-    library = _library("galore_torch", "galore-torch", asked)
+    refuse_implementation(asked)
+    galore = library("galore_torch", "galore-torch", asked)
     builders = {
         "galore_adamw": low_rank.galore,
         "galore_adamw_8bit": low_rank.galore_8bit,
         "galore_adafactor": low_rank.galore_adafactor,
     }
-    return builders[asked.name](library, model, groups, asked, LEARNING_RATE)
+    return builders[asked.name](galore, model, groups, asked, LEARNING_RATE)
 
 
 def _apollo(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    _refuse_implementation(asked)
-    library = _library("apollo_torch", "apollo-torch", asked)
-    return low_rank.apollo(library, model, groups, asked, LEARNING_RATE)
+    refuse_implementation(asked)
+    apollo = library("apollo_torch", "apollo-torch", asked)
+    return low_rank.apollo(apollo, model, groups, asked, LEARNING_RATE)
 
 
 def _torchao(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return torchao's AdamW with the Trainer's block; its compiled step allocates nothing here."""
-    _refuse_implementation(asked)
-    adam = _library("torchao.optim.adam", "torchao", asked)
+    refuse_implementation(asked)
+    adam = library("torchao.optim.adam", "torchao", asked)
     kind = {"8bit": "AdamW8bit", "4bit": "AdamW4bit", "fp8": "AdamWFp8"}
     name = kind.get(asked.name.removeprefix("adamw_torch_"), "_AdamW")
     blocks = {} if name == "_AdamW" else {"block_size": 256}
@@ -525,8 +539,8 @@ def _torchao(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
 
 
 def _torchao_cpu_offload(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    _refuse_implementation(asked)
-    _library("torchao.optim.cpu_offload", "torchao", asked)
+    refuse_implementation(asked)
+    library("torchao.optim.cpu_offload", "torchao", asked)
     return cpu_offload.Offloaded(groups, asked, LEARNING_RATE)
 
 
@@ -540,28 +554,28 @@ def _muon(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
 
 
 def _stable_adamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    library = _library("optimi", "torch-optimi", asked)
+    optimi = library("optimi", "torch-optimi", asked)
     chosen = asked.implementation or "fused"
-    return small_libraries.stable_adamw(library, groups, LEARNING_RATE, chosen)
+    return small_libraries.stable_adamw(optimi, groups, LEARNING_RATE, chosen)
 
 
 def _grokadamw(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    _refuse_implementation(asked)
+    refuse_implementation(asked)
     # It sets up the logging of the whole process when it is imported.
     with _patched(logging, "basicConfig", lambda **_: None):
-        library = _library("grokadamw", "grokadamw", asked)
-    return small_libraries.grokadamw(library, groups, LEARNING_RATE)
+        grok = library("grokadamw", "grokadamw", asked)
+    return small_libraries.grokadamw(grok, groups, LEARNING_RATE)
 
 
 def _lamb(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    library = _library("pytorch_optimizer", "pytorch_optimizer", asked)
-    return library.Lamb(groups, lr=LEARNING_RATE, foreach=_foreach(asked))
+    pytorch_optimizer = library("pytorch_optimizer", "pytorch_optimizer", asked)
+    return pytorch_optimizer.Lamb(groups, lr=LEARNING_RATE, foreach=_foreach(asked))
 
 
 def _soap(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return SOAP; its eigenbases are renewed at every step."""
-    _refuse_implementation(asked)
-    return _library("pytorch_optimizer", "pytorch_optimizer", asked).SOAP(
+    refuse_implementation(asked)
+    return library("pytorch_optimizer", "pytorch_optimizer", asked).SOAP(
         groups,
         lr=LEARNING_RATE,
         precondition_frequency=1,
@@ -570,19 +584,19 @@ def _soap(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
 
 
 def _shampoo(_: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
-    _refuse_implementation(asked)
-    library = _library("pytorch_optimizer", "pytorch_optimizer", asked)
-    return library.Shampoo(groups, lr=LEARNING_RATE)
+    refuse_implementation(asked)
+    pytorch_optimizer = library("pytorch_optimizer", "pytorch_optimizer", asked)
+    return pytorch_optimizer.Shampoo(groups, lr=LEARNING_RATE)
 
 
 def _adam_mini(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> Any:
     """Return Adam-mini over the named parameters, with the sizes that its manual asks for."""
-    _refuse_implementation(asked)
+    refuse_implementation(asked)
     chosen = {id(each) for group in groups for each in group["params"]}
     if model.config.hidden_size**2 % model.config.num_attention_heads:
         raise InvalidRequestError("Adam-mini asserts that the heads divide hidden_size squared")
-    library: Any = _library("adam_mini", "adam-mini", asked)
-    original = library.Adam_mini
+    adam_mini: Any = library("adam_mini", "adam-mini", asked)
+    original = adam_mini.Adam_mini
 
     class Named(original):  # type: ignore[misc, valid-type]  # it is not typed here
         def step(self, closure: Any = None) -> Any:
@@ -603,37 +617,15 @@ def _adam_mini(model: Any, groups: list[dict[str, Any]], asked: Optimizer) -> An
     )
 
 
-def _library(module: str, package: str, asked: Optimizer) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"optimizer {asked.name!r} needs {package}; run: pip install {package}"
-        ) from error
-
-
-def _lomo(model: Any, _: list[dict[str, Any]], asked: Optimizer) -> Any:
+def _lomo(model: Any, _: list[dict[str, Any]], asked: Optimizer, *, fake: bool = True) -> Any:
     """Return LOMO or AdaLomo as the Trainer builds it: no gradient norm is computed before."""
-    _refuse_implementation(asked)
+    refuse_implementation(asked)
     try:
-        return FusedBackward(model, asked.name)
+        return FusedBackward(model, asked.name, fake=fake)
     except ImportError as error:
         raise MissingDependencyError(
             f"optimizer {asked.name!r} needs lomo-optim; run: pip install lomo-optim"
         ) from error
-
-
-# Our names of bitsandbytes' optimizers: the class that the Trainer, or a person, takes for each.
-_BITSANDBYTES: Final[dict[str, str]] = {
-    "adamw": "AdamW",
-    "ademamix": "AdEMAMix",
-    "lion": "Lion",
-    "rmsprop_bnb": "RMSprop",
-    "adagrad": "Adagrad",
-    "sgd": "SGD",
-    "lamb": "LAMB",
-    "lars": "LARS",
-}
 
 
 # bitsandbytes/backends/cuda/ops.py, str2optimizer32bit: those without a kernel for bf16 gradients.
@@ -677,7 +669,7 @@ def _bitsandbytes(model: Any, groups: list[dict[str, Any]], asked: Optimizer) ->
         raise MissingDependencyError(
             f"optimizer {asked.name!r} needs bitsandbytes; run: pip install bitsandbytes"
         ) from error
-    _refuse_implementation(asked)
+    refuse_implementation(asked)
     kind = asked.name.removeprefix("paged_")
     bits = 8 if kind.endswith("_8bit") else 32
     kind = kind.removesuffix("_8bit").removesuffix("_32bit")
@@ -690,7 +682,9 @@ def _bitsandbytes(model: Any, groups: list[dict[str, Any]], asked: Optimizer) ->
         _refuse_bf16(model, groups, bits)
     with unset_fake_temporarily():
         # Its code books are computed from data when it is built.
-        optimizer = getattr(optim, _BITSANDBYTES[kind])(groups, optim_bits=bits, **settings)
+        optimizer = getattr(optim, real_optimizers.BITSANDBYTES_CLASSES[kind])(
+            groups, optim_bits=bits, **settings
+        )
     if kind in ("lamb", "lars"):
         _read_norms(optimizer)
     if kind == "ademamix":
@@ -710,13 +704,6 @@ def _bitsandbytes(model: Any, groups: list[dict[str, Any]], asked: Optimizer) ->
             if isinstance(module, torch.nn.Embedding):
                 manager.register_module_override(module, "weight", {"optim_bits": 32})
     return optimizer
-
-
-def _refuse_implementation(asked: Optimizer) -> None:
-    if asked.implementation is not None:
-        raise InvalidRequestError(
-            f"optimizer {asked.name!r} has one implementation; leave out {asked.implementation!r}"
-        )
 
 
 _BUILDERS: Final[dict[str, Callable[[Any, list[dict[str, Any]], Optimizer], Any]]] = {

@@ -82,9 +82,41 @@ class Library:
             sys.modules.update(others)
 
 
+class Installed:
+    """A library as it is installed, kernels and all, for tensors that have values.
+
+    Args:
+        package: what the library is imported as.
+        modules: dotted names below the package that are needed.
+
+    Raises:
+        MissingDependencyError: something that the library imports is not installed.
+    """
+
+    def __init__(self, package: str, modules: tuple[str, ...]) -> None:
+        self._package = package
+        try:
+            for name in modules:
+                importlib.import_module(f"{package}.{name}")
+        except ImportError as error:
+            raise MissingDependencyError(f"{package} cannot be imported: {error}") from error
+
+    def __getitem__(self, name: str) -> Any:
+        return importlib.import_module(f"{self._package}.{name}")
+
+    def holding(self, name: str) -> list[ModuleType]:
+        """Return the library's imported modules that have a global of this name."""
+        found = [each for key, each in sys.modules.items() if _is_of(key, (self._package,))]
+        return [each for each in found if name in vars(each)]
+
+    def present(self) -> contextlib.AbstractContextManager[None]:
+        """Change nothing: it is what is imported anyway."""
+        return contextlib.nullcontext()
+
+
 @cache
-def library(package: str, *modules: str) -> Library:
-    """Import a library without its kernels.
+def library(package: str, *modules: str, fake: bool = True) -> Library | Installed:
+    """Import a library: for fake tensors without its kernels, for a device as it is.
 
     Raises:
         MissingDependencyError: the library is not installed.
@@ -94,7 +126,7 @@ def library(package: str, *modules: str) -> Library:
             f"this request needs {package!r}, which is not installed; "
             f"run: pip install --no-deps {package.replace('_', '-')}"
         )
-    return Library(package, modules)
+    return Library(package, modules) if fake else Installed(package, modules)
 
 
 class OnCuda(TorchFunctionMode):  # type: ignore[misc]  # torch is not typed here

@@ -2,14 +2,16 @@
 
 One description of the recipe serves every engine that runs real code. The dry run calls it under
 fake tensors and the GPU measurement calls it on a device, so nothing about a recipe is written
-twice. The order of events is that of the Hugging Face Trainer (`Trainer.training_step` and
-`Accelerator.prepare_model`), unless the request's `loop` says that the loop is hand-written.
+twice; `Workload.fake` tells the two apart, and nothing else does. The order of events is that of
+the Hugging Face Trainer (`Trainer.training_step` and `Accelerator.prepare_model`), unless the
+request's `loop` says that the loop is hand-written.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
 from unittest import mock
@@ -88,6 +90,8 @@ class Workload:
         trained: how many tensors the whole model trains, where this one has fewer layers.
         scaler: Accelerate's GradScaler of fp16 autocast.
         average: torch's AveragedModel on the GPU.
+        fake: whether its tensors are fake ones, which need stand-ins for what has no values and for
+            kernels that are not there; on a real device everything runs as it is installed.
     """
 
     model: Any
@@ -99,6 +103,7 @@ class Workload:
     trained: int | None = None
     scaler: Any = None
     average: Any = None
+    fake: bool = True
 
     def step(self, phase: PhaseCallback) -> None:
         """Run one optimizer step: all its micro-batches, the update, and the clearing of gradients.
@@ -111,18 +116,13 @@ class Workload:
         lisa.begin_step(self.model, self.request.method, self.optimizer)
         phase(trace.BATCH)
         # `Trainer.get_batch_samples` holds every batch of the step on the device until its end.
-        batches = [
-            batch(self.request, self.device)
-            for _ in range(self.request.gradient_accumulation_steps)
-        ]
-        with (
-            kernels.running(self.request, self.compute_capability, self.multiprocessors),
-            losses.of(self.request).running(self.model, phase, self.compute_capability),
-        ):
+        batches = [self._batch() for _ in range(self.request.gradient_accumulation_steps)]
+        loss = losses.of(self.request, fake=self.fake)
+        with self._kernels(), loss.running(self.model, phase, self.compute_capability):
             if self.request.method.without_backward:
                 mezo.step(self.model, batches[0], phase)
                 return
-            for inputs in batches[:_MICRO_STEPS]:
+            for inputs in self._run(batches):
                 self._micro_step(inputs, phase)
         self._clip(phase)
         phase(trace.OPTIMIZER_STEP)
@@ -141,18 +141,35 @@ class Workload:
         if hasattr(self.optimizer, "update_hessian"):
             self._estimate_hessian(batches, phase)
 
+    def _batch(self) -> dict[str, Any]:
+        """Return a batch; one with values has random ones, as real text has."""
+        if self.fake:
+            return batch(self.request, self.device)
+        return randomized(batch(self.request, self.device), vocab_size(self.model))
+
+    def _run(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the micro-batches to run: on fake tensors, those that differ."""
+        return batches[:_MICRO_STEPS] if self.fake else batches
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return kernels.running(
+            self.request, self.compute_capability, self.multiprocessors, fake=self.fake
+        )
+
+    def _forward_context(self) -> AbstractContextManager[Any]:
+        from profiler.checkpointing import forward_context
+
+        how = parse_checkpointing(self.request.activation_checkpointing)
+        return forward_context(how, fake=self.fake)
+
     def _estimate_hessian(self, batches: list[dict[str, Any]], phase: PhaseCallback) -> None:
         """Run the pass that follows some steps of SophiaG."""
         from profiler import sophia
-        from profiler.checkpointing import forward_context
 
         phase(trace.ESTIMATE_HESSIAN)
         micro_batches = self.request.gradient_accumulation_steps
-        with (
-            kernels.running(self.request, self.compute_capability, self.multiprocessors),
-            forward_context(parse_checkpointing(self.request.activation_checkpointing)),
-        ):
-            for inputs in batches[:_MICRO_STEPS]:
+        with self._kernels(), self._forward_context():
+            for inputs in self._run(batches):
                 sophia.backward(self.model, inputs, phase, micro_batches)
         self._clip(phase)
         phase(trace.OPTIMIZER_STEP)
@@ -178,7 +195,9 @@ class Workload:
             self.scaler.unscale_(self.optimizer)
         with mock.patch.object(torch, "stack", of_the_whole_model):
             torch.nn.utils.clip_grad_norm_(
-                list(self.model.parameters()), self.request.loop.max_grad_norm, foreach=True
+                list(self.model.parameters()),
+                self.request.loop.max_grad_norm,
+                foreach=True if self.fake else None,
             )
 
     def _loss(self, inputs: dict[str, Any], phase: PhaseCallback) -> tuple[Any, Any]:
@@ -200,10 +219,8 @@ class Workload:
     def _micro_step(self, inputs: dict[str, Any], phase: PhaseCallback) -> None:
         import torch
 
-        from profiler.checkpointing import forward_context
-
         phase(trace.FORWARD)
-        with forward_context(parse_checkpointing(self.request.activation_checkpointing)):
+        with self._forward_context():
             outputs, loss = self._loss(inputs, phase)
         if not self.request.loop.keep_outputs:
             del outputs
@@ -217,7 +234,7 @@ class Workload:
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
 
-def meta_model(request: EstimateRequest, config: Any) -> Any:
+def meta_model(request: EstimateRequest, config: Any, *, fake: bool = True) -> Any:
     """Return the model of a request on the meta device, in training mode, adapters applied.
 
     Built without fake tensors: PEFT moves modules with `.to()`, which fails on fake parameters.
@@ -225,6 +242,7 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
     Args:
         request: one single-GPU run.
         config: from `model_config`; it is copied, not changed.
+        fake: whether it will run on fake tensors, so that libraries come without their kernels.
 
     Raises:
         UnsupportedCombinationError: the recipe needs a part that is not run here.
@@ -235,8 +253,8 @@ def meta_model(request: EstimateRequest, config: Any) -> Any:
 
     refuse_unsupported(request)
     model = bare_model(request, config)
-    kernels.fit(model, request)
-    losses.of(request).fit(model)
+    kernels.fit(model, request, fake=fake)
+    losses.of(request, fake=fake).fit(model)
     model.config.use_cache = request.loop.use_cache
     if request.quantization is not None:
         model = _quantized(model, request)
@@ -266,6 +284,8 @@ def start(
     compute_capability: tuple[int, int] = (8, 0),
     multiprocessors: int = 108,
     trained: int | None = None,
+    *,
+    fake: bool = True,
 ) -> Workload:
     """Give a meta model its storage and its optimizer.
 
@@ -275,24 +295,26 @@ def start(
         device: where the tensors live; inside a fake tensor mode, `cpu`.
         compute_capability, multiprocessors: of the GPU that is run on, or imitated.
         trained: how many tensors the whole model trains, where this one has fewer layers.
+        fake: whether this is called inside a fake tensor mode.
     """
-    place(model, device)
+    place(model, device, fake=fake)
     if request.loop.neftune_noise_alpha is not None:
         neftune = _import("transformers.integrations.neftune")
         neftune.activate_neftune(model, request.loop.neftune_noise_alpha)
     average = _average(model, request)
     _wrap_autocast(model, autocast_dtype(request), device)
-    kernels.compile_model(model, request, compute_capability, multiprocessors)
+    kernels.compile_model(model, request, compute_capability, multiprocessors, fake=fake)
     return Workload(
         model=model,
-        optimizer=optimizers.build(model, request),
+        optimizer=optimizers.build(model, request, fake=fake),
         request=request,
         device=device,
         compute_capability=compute_capability,
         multiprocessors=multiprocessors,
         trained=trained,
-        scaler=_scaler(request),
+        scaler=_scaler(request, device),
         average=average,
+        fake=fake,
     )
 
 
@@ -308,8 +330,11 @@ def _average(model: Any, request: EstimateRequest) -> Any:
         return swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.999))
 
 
-def _scaler(request: EstimateRequest) -> Any:
-    """Return torch's GradScaler where fp16 autocast brings it; here no gradient is ever infinite.
+def _scaler(request: EstimateRequest, device: str) -> Any:
+    """Return torch's GradScaler where fp16 autocast brings it.
+
+    An infinite gradient makes it skip a step; here none is skipped, so that no run ends before its
+    optimizer has states.
 
     Source: accelerate, Accelerator.__init__ and utils/modeling.py, get_grad_scaler.
     """
@@ -322,7 +347,7 @@ def _scaler(request: EstimateRequest) -> Any:
         def _maybe_opt_step(self, optimizer: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
             return optimizer.step(*args, **kwargs)
 
-    return Scaler("cpu")
+    return Scaler(device.partition(":")[0])
 
 
 def standing(job: Workload) -> Iterator[tuple[Any, str, str, Component]]:
@@ -452,6 +477,24 @@ def _packed_batch(request: EstimateRequest, device: str) -> dict[str, Any]:
         "position_ids": positions.view(flat),
         "labels": torch.ones(flat, dtype=torch.int64, device=device),
     }
+
+
+def randomized(inputs: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Fill the token ids of a batch with random ones, in place; labels are the ids where both fit.
+
+    Equal ids would make the embedding's backward add all rows into one.
+    """
+    inputs["input_ids"].random_(0, vocab_size)
+    if inputs["labels"].shape == inputs["input_ids"].shape:
+        inputs["labels"].copy_(inputs["input_ids"])
+    else:
+        inputs["labels"].random_(0, vocab_size)
+    return inputs
+
+
+def vocab_size(model: Any) -> int:
+    """Return how many ids a model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def sites(model: Any) -> dict[str, str]:

@@ -13,6 +13,8 @@ BLOCK: Final = 64
 NESTED_BLOCK: Final = 256
 _CODES: Final = 16
 _NESTED_CODES: Final = 256
+# Scale of a block of random weights: they come out about as large as trained ones.
+_SCALE: Final = 0.04
 
 
 def with_linears(model: Any, quantization: Any, stored: str) -> Any:
@@ -107,6 +109,35 @@ def pack(module: Any, device: str) -> None:
     module.weight = torch.nn.Parameter(packed, requires_grad=False)
     module.weight.quant_state = QuantState(**state)
     module.quant_state = module.weight.quant_state
+
+
+def fill(module: Any) -> None:
+    """Make a packed layer on a real device bitsandbytes' own, with weights of the usual size.
+
+    Everything is written in place, so that nothing is allocated on the device.
+    """
+    import torch
+    from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+    from bitsandbytes.nn import Params4bit
+
+    weight, state = module.weight, module.quant_state
+    weight.data.view(torch.uint8).random_(0, 256)
+    state.code.copy_(get_4bit_type(state.quant_type, device="cpu"))
+    if state.nested:
+        state.absmax.random_(0, 256)
+        state.offset.fill_(_SCALE)
+        state.state2.absmax.fill_(_SCALE / 10)
+        state.state2.code.copy_(create_dynamic_map())
+    else:
+        state.absmax.fill_(_SCALE)
+    module.weight = Params4bit(
+        weight.data,
+        quant_state=state,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=module.quant_storage,
+        bnb_quantized=True,
+    )
 
 
 def dequantized(module: Any) -> Any:

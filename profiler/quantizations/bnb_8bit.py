@@ -16,6 +16,8 @@ LIBRARY: Final = bnb_4bit.LIBRARY
 QUANTIZE: Final = "bitsandbytes::int8_vectorwise_quant"
 MULTIPLY: Final = "bitsandbytes::int8_scaled_mm"
 MULTIPLY_MIXED: Final = "bitsandbytes::int8_mixed_scaled_mm"
+# Largest weight of a row of random ones: they come out about as large as trained ones.
+_SCALE: Final = 0.04
 
 
 def with_linears(model: Any, quantization: Any, stored: str) -> Any:
@@ -59,6 +61,16 @@ def pack(module: Any, device: str) -> None:
     module.weight.CB = module.weight.SCB = None
     module.state.CB = module.weight.data
     module.state.SCB = torch.ones(shape[0], device=device)
+
+
+def fill(module: Any) -> None:
+    """Make a packed layer on a real device bitsandbytes' own, with weights of the usual size."""
+    from bitsandbytes.nn import Int8Params
+
+    codes = module.state.CB
+    codes.random_(-127, 128)
+    module.state.SCB.fill_(_SCALE)
+    module.weight = Int8Params(codes, requires_grad=False)
 
 
 def seen_dtype(_: Any) -> Any:

@@ -6,6 +6,8 @@ from types import ModuleType
 from typing import Any, Final
 
 LIBRARY: Final = "torchao"
+# Scale of random integers: the weights come out about as large as trained ones.
+_SCALE: Final = 0.0003
 
 
 def with_linears(model: Any, quantization: Any, stored: str) -> Any:
@@ -63,6 +65,13 @@ def pack(module: Any, device: str) -> None:
     }
     placed = type(weight).__tensor_unflatten__(parts, context, weight.shape, weight.stride())
     module.weight = torch.nn.Parameter(placed, requires_grad=False)
+
+
+def fill(module: Any) -> None:
+    """Give the weight on a real device values of the usual size; no point is shifted."""
+    weight = module.weight
+    weight.qdata.random_(-127, 128)
+    weight.scale.fill_(_SCALE)
 
 
 def seen_dtype(module: Any) -> Any:
