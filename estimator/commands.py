@@ -54,11 +54,13 @@ class EstimateGroup(GroupedHelp, click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all subcommands; the only place that looks for other packages'."""
-        return sorted({*super().list_commands(ctx), *plugin_names(COMMANDS)})
+        return sorted({*super().list_commands(ctx), *_LATE, *plugin_names(COMMANDS)})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a subcommand; one that lacks its extra says so when it is called."""
         own = super().get_command(ctx, cmd_name)
+        if own is None and cmd_name in _LATE:
+            own = _LATE[cmd_name]()
         if own is not None:
             return own
         try:
@@ -80,6 +82,16 @@ class EstimateGroup(GroupedHelp, click.Group):
         return args[0], command, args[1:]
 
 
+def _reconcile() -> click.Command:
+    from estimator.reconcile_command import reconcile
+
+    return reconcile
+
+
+# Commands of our own that the plain estimate does not load.
+_LATE: Final[dict[str, Callable[[], click.Command]]] = {"reconcile": _reconcile}
+
+
 def _unavailable(name: str, error: MissingDependencyError) -> click.Command:
     def refuse(rest: tuple[str, ...]) -> NoReturn:
         raise error
@@ -96,20 +108,20 @@ def _unavailable(name: str, error: MissingDependencyError) -> click.Command:
 
 def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked:
-        _write(f"vramplan {__version__}\n")
+        write_out(f"vramplan {__version__}\n")
         ctx.exit()
 
 
-_REQUEST_FILE: Final = click.Option(
+REQUEST_FILE: Final = click.Option(
     ["--request", "request_file"],
     metavar="FILE",
     help="Request document, JSON or YAML; - is standard input. Flags win over it.",
 )
-_JSON: Final = click.Option(["--json", "as_json"], is_flag=True, help="Print the result document.")
-_OFFLINE: Final = click.Option(
+JSON: Final = click.Option(["--json", "as_json"], is_flag=True, help="Print the result document.")
+OFFLINE: Final = click.Option(
     ["--offline"], is_flag=True, help="Never ask the Hub for a model's configuration."
 )
-_NO_COLOR: Final = click.Option(
+NO_COLOR: Final = click.Option(
     ["--no-color"], is_flag=True, help="Plain text; NO_COLOR does the same."
 )
 
@@ -122,8 +134,8 @@ _NO_COLOR: Final = click.Option(
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     params=[
-        _REQUEST_FILE,
-        _JSON,
+        REQUEST_FILE,
+        JSON,
         click.Option(
             ["--explain"],
             is_flag=True,
@@ -139,8 +151,8 @@ _NO_COLOR: Final = click.Option(
         click.Option(
             ["--fail-on"], type=click.Choice(["tight"]), help="Exit 4 when the run fits tightly."
         ),
-        _OFFLINE,
-        _NO_COLOR,
+        OFFLINE,
+        NO_COLOR,
         click.Option(
             ["--version"],
             is_flag=True,
@@ -165,7 +177,7 @@ def estimate(ctx: click.Context, /, **options: Any) -> int:
     _refuse_contradictions(options)
     request = request_from_flags(ctx)
     result = _answer(request, options)
-    _write(_rendered(result, options))
+    write_out(_rendered(result, options))
     return exit_code(request, result, fail_on=options["fail_on"])
 
 
@@ -236,7 +248,7 @@ def _rendered(result: Result, options: dict[str, Any]) -> str | bytes:
         return to_json(result)
     from estimator.render.text import to_line, to_text
 
-    page = _page(no_color=options["no_color"])
+    page = terminal_page(no_color=options["no_color"])
     if options["quiet"]:
         return to_line(result, page)
     if options["explain"]:
@@ -261,7 +273,7 @@ def exit_code(request: EstimateRequest, result: Result, *, fail_on: str | None =
     return EXIT_TIGHT if result.verdict == fail_on else EXIT_FITS
 
 
-@estimate.command(name="models", params=[_JSON, _NO_COLOR])
+@estimate.command(name="models", params=[JSON, NO_COLOR])
 @click.argument("pattern", default="")
 def list_models(pattern: str, as_json: bool, no_color: bool) -> int:
     """List the catalogue's models; PATTERN is a part of a name, or has * in it."""
@@ -273,7 +285,7 @@ def list_models(pattern: str, as_json: bool, no_color: bool) -> int:
     return EXIT_FITS
 
 
-@estimate.command(name="gpus", params=[_JSON, _NO_COLOR])
+@estimate.command(name="gpus", params=[JSON, NO_COLOR])
 @click.argument("pattern", default="")
 def list_gpus(pattern: str, as_json: bool, no_color: bool) -> int:
     """List the catalogue's GPUs; PATTERN is a part of a name, or has * in it."""
@@ -297,12 +309,12 @@ def _write_listing(
     document: Callable[[list[Any]], str],
     text: Callable[[list[Any], Page], str],
 ) -> None:
-    _write(document(found) if as_json else text(found, _page(no_color=no_color)))
+    write_out(document(found) if as_json else text(found, terminal_page(no_color=no_color)))
     if not found:
         _note("nothing in the catalogue has this in its name")
 
 
-def _page(*, no_color: bool) -> Page:
+def terminal_page(*, no_color: bool) -> Page:
     """Return what the terminal, or the file behind standard output, can show."""
     from estimator.render.text import Page
 
@@ -315,7 +327,7 @@ def _page(*, no_color: bool) -> Page:
     )
 
 
-def _write(text: str | bytes) -> None:
+def write_out(text: str | bytes) -> None:
     """Write the result; a reader that has seen enough, such as `head`, is no error."""
     try:
         click.echo(text, nl=False, color=True)

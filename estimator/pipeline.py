@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -28,9 +28,11 @@ from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.allocator import charge
 from estimator.memory.average import average_host_bytes
+from estimator.memory.caching_allocator import DEFAULT_SETTINGS, AllocatorSettings
 from estimator.memory.hessian_pass import hessian_pass
 from estimator.memory.loss import LOSSES, MeasuredLoss
-from estimator.memory.replay import Blocks, blocks
+from estimator.memory.replay import Blocks, Conditions, blocks
+from estimator.memory.requests import Request, requests
 from estimator.memory.standing import managed_bytes, trained_tensors
 from estimator.memory.timeline import Moment, Step, compile_step
 from estimator.memory.trace import Trace, trace
@@ -218,6 +220,34 @@ class Engine:
             found = blocks(self.run, regime, at, workspace, capacity)
             self._replayed = (key, found)
         return self._replayed[1]
+
+    def reserved(
+        self,
+        micro_batch_size: int,
+        seq_len: int,
+        device: Device,
+        *,
+        settings: AllocatorSettings = DEFAULT_SETTINGS,
+        earlier: tuple[int, ...] = (),
+    ) -> int:
+        """Return what the allocator holds at most under conditions that no request names.
+
+        Args:
+            settings: of the allocator.
+            earlier: lengths of the steps before.
+        """
+        regime = self._regime(micro_batch_size, seq_len)
+        lengths = tuple(powers(*self.numbers(micro_batch_size, each)) for each in earlier)
+        at = powers(*self.numbers(micro_batch_size, seq_len))
+        workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
+        conditions = Conditions(settings, lengths)
+        return blocks(self.run, regime, at, workspace, capacity, conditions).reserved
+
+    def requests(self, micro_batch_size: int, seq_len: int, device: Device) -> Iterator[Request]:
+        """Yield every request for memory until the end of the second step."""
+        at = powers(*self.numbers(micro_batch_size, seq_len))
+        workspaces = self.handles * device.constants.cublas_workspace
+        return requests(self.run, self._regime(micro_batch_size, seq_len), at, workspaces)
 
 
 def _left_to_tensors(device: Device) -> int | None:

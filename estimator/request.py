@@ -461,6 +461,15 @@ def parse_request(document: str | bytes | dict[str, Any]) -> EstimateRequest:
         >>> parse_request({"model": "gpt2"}).seq_len
         2048
     """
+    return convert_request(decode_document(document))
+
+
+def decode_document(document: str | bytes | dict[str, Any]) -> Any:
+    """Return what a JSON document holds, as long as it is no larger than a request may be.
+
+    Raises:
+        MalformedDocumentError: not JSON, or too large.
+    """
     try:
         size = len(json.dumps(document)) if isinstance(document, dict) else len(document)
         value = document if isinstance(document, dict) else msgspec.json.decode(document)
@@ -471,7 +480,7 @@ def parse_request(document: str | bytes | dict[str, Any]) -> EstimateRequest:
         raise MalformedDocumentError(
             f"the request is larger than {MAX_REQUEST_BYTES} bytes; send one run at a time"
         )
-    return convert_request(value)
+    return value
 
 
 def convert_request(value: Any) -> EstimateRequest:

@@ -9,8 +9,12 @@ from msgspec.structs import replace
 
 from estimator.catalog import Access, Gpu, ModelConfig, find_gpu, find_model
 from estimator.errors import UnknownGpuError
+from estimator.measurement import Measurement, parse_measurement, reading_of
+from estimator.oom_message import parse_message
+from estimator.out_of_memory import diagnose, on_the_card
 from estimator.pipeline import answer
 from estimator.planner import Question, limits, suggestions
+from estimator.reconcile import Reconciliation, explain, unasked
 from estimator.request import EstimateRequest, InlineModel, parse_request
 from estimator.result import Result
 from estimator.verdict import sentence
@@ -49,6 +53,42 @@ def estimate(
         waterfall=waterfall(question) if request.waterfall else (),
         message=sentence(result.verdict, result.peak, result.capacity, found, request.confidence),
     )
+
+
+def reconcile(
+    asked: Measurement | str | bytes | Mapping[str, Any],
+    *,
+    access: Access = Access.LOCAL,
+) -> Reconciliation:
+    """Say what would explain a measurement, or an out-of-memory message.
+
+    Args:
+        asked: the request with what was measured; a parsed document, JSON text or a dictionary.
+        access: where a model's name may be looked up.
+
+    Raises:
+        EstimatorError: one of its subclasses says what is wrong and what to do.
+
+    Example:
+        >>> asked = {"request": {"model": "gpt2", "seq_len": 512}, "measured": "2.45GiB"}
+        >>> reconcile(asked).gap_bytes is None
+        False
+    """
+    if not isinstance(asked, Measurement):
+        asked = parse_measurement(asked if isinstance(asked, (str, bytes)) else dict(asked))
+    message = None if asked.message is None else parse_message(asked.message)
+    reading = reading_of(asked, message)
+    if asked.request is None:
+        assert message is not None, "reading_of refuses neither a number nor a message"
+        return unasked(diagnose(message, None))
+    request = on_the_card(asked.request, message)
+    model = model_config(request, access)
+    question = Question(request, model.config, model.id, requested_gpu(request))
+    base = answer(request, model.config, model.id, question.gpu)
+    diagnosis = None
+    if message is not None:
+        diagnosis = diagnose(message, question, suggestions(question))
+    return explain(question, base, reading, diagnosis)
 
 
 def model_config(request: EstimateRequest, access: Access) -> ModelConfig:

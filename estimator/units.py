@@ -82,3 +82,13 @@ def gib(value: int) -> str:
         '14.96 GiB'
     """
     return f"{value / GiB:,.2f} GiB"
+
+
+def printed(value: int) -> str:
+    """Write bytes as torch prints them: MiB below 1 GiB, so that a single tensor can be told.
+
+    Example:
+        >>> printed(112 * 2**20), printed(3 * 2**30)
+        ('112.00 MiB', '3.00 GiB')
+    """
+    return gib(value) if abs(value) >= GiB else f"{value / MiB:,.2f} MiB"

@@ -8,6 +8,7 @@ step after it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from msgspec import Struct
 
@@ -15,7 +16,9 @@ from estimator.eager.size import Polynomial, elements
 from estimator.eager.tensor import Regime
 from estimator.memory.average import average_sizes
 from estimator.memory.caching_allocator import (
+    DEFAULT_SETTINGS,
     SMALL_REQUEST_BYTES,
+    AllocatorSettings,
     CachingAllocator,
     OutOfMemory,
 )
@@ -45,8 +48,28 @@ class Blocks(Struct, frozen=True):
     reserved: int
 
 
+class Conditions(Struct, frozen=True):
+    """What decides about blocks and is not in the request.
+
+    Args:
+        settings: of the allocator.
+        earlier: powers of the micro-batch and length of the steps before the one in question.
+    """
+
+    settings: AllocatorSettings = DEFAULT_SETTINGS
+    earlier: tuple[Polynomial, ...] = ()
+
+
+NORMAL: Final = Conditions()
+
+
 def blocks(
-    run: Run, regime: Regime, at: Polynomial, workspace: int, capacity: int | None
+    run: Run,
+    regime: Regime,
+    at: Polynomial,
+    workspace: int,
+    capacity: int | None,
+    conditions: Conditions = NORMAL,
 ) -> Blocks:
     """Replay a run at one micro-batch and length.
 
@@ -57,23 +80,27 @@ def blocks(
         at: powers of the micro-batch and length.
         workspace: bytes of one cuBLAS workspace.
         capacity: what the card leaves to the allocator [bytes], None without a card.
+        conditions: what is not in the request.
     """
     recording = record(run, regime)
     second = hessian_pass(run)
     passes = (recording, *([record(second, regime)] if second is not None else []))
     try:
-        return _replayed(run, passes, _Replayer(recording, at, workspace, capacity))
+        return _replayed(run, passes, _Replayer(recording, at, workspace, capacity, conditions))
     except OutOfMemory:
-        return _replayed(run, passes, _Replayer(recording, at, workspace, None))
+        return _replayed(run, passes, _Replayer(recording, at, workspace, None, conditions))
 
 
 def _replayed(run: Run, passes: tuple[Recording, ...], replayer: _Replayer) -> Blocks:
-    replayer.load(_loaded(run))
-    kept = tuple(_states(run))
+    replayer.load(size for _, size in loaded(run))
+    kept = tuple(size for _, size in first_states(run))
     temporaries = step_temporaries(run)
     clipping = clipping_temporaries(run)
-    for states in (kept, ()):
+    turns = (*replayer.conditions.earlier, replayer.at, replayer.at)
+    for number, at in enumerate(turns):
+        replayer.at = at
         replayer.highest.clear()
+        states = () if number else kept
         for recording, prefix in zip(passes, ("", HESSIAN), strict=False):
             replayer.of(recording, prefix)
             replayer.step()
@@ -82,30 +109,35 @@ def _replayed(run: Run, passes: tuple[Recording, ...], replayer: _Replayer) -> B
     return replayer.found()
 
 
-def _loaded(run: Run) -> Iterator[int]:
-    """Yield the sizes of the weights, buffers and standing gradients, in the order of the model."""
+def loaded(run: Run) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of weights, buffers and standing gradients, in the model's order."""
     spec = run.spec
     modules = list(spec.embeddings)
     for index in spec.pattern:
         modules += spec.kinds[index].modules
     modules += [*spec.final, *(() if spec.tied else (spec.head,))]
-    weights = [weight for module in modules for weight in held(module)]
-    yield from (weight.bytes for weight in weights)
+    weights = [(f"{module.name}.{each.name}", each) for module in modules for each in held(module)]
+    yield from ((name, weight.bytes) for name, weight in weights)
     # Small ones, such as rotary frequencies, share the first segment of small blocks.
-    buffers = (elements(each.shape)[0] * each.dtype.width for each in spec.buffers)
-    yield from (size for size in buffers if size > SMALL_REQUEST_BYTES)
-    yield from average_sizes(run)
-    yield from (weight.bytes for weight in weights if weight.trainable and run.accumulates)
+    buffers = ((each.name, elements(each.shape)[0] * each.dtype.width) for each in spec.buffers)
+    yield from ((name, size) for name, size in buffers if size > SMALL_REQUEST_BYTES)
+    yield from (("moving average", size) for size in average_sizes(run))
+    if run.accumulates:
+        yield from ((f"{name}.grad", each.bytes) for name, each in weights if each.trainable)
 
 
-def _states(run: Run) -> Iterator[int]:
-    """Yield the sizes of the optimizer's states, tensor by tensor, managed memory left out."""
+def first_states(run: Run) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of the optimizer's states, tensor by tensor, managed ones left out."""
     kept = kept_states(run)
     for each in tensors_with_states(run):
         for _ in range(each.count):
-            yield from (state.bytes(each) for state in kept if not state.managed(each))
-    for _, size, count in importance_sizes(run):
-        yield from (size for _ in range(count * len(IMPORTANCE)))
+            yield from (
+                (f"{each.name}.{state.name}", state.bytes(each))
+                for state in kept
+                if not state.managed(each)
+            )
+    for name, size, count in importance_sizes(run):
+        yield from ((f"{name}.{score}", size) for _ in range(count) for score in IMPORTANCE)
 
 
 class _Replayer:
@@ -115,12 +147,18 @@ class _Replayer:
     """
 
     def __init__(
-        self, recording: Recording, at: Polynomial, workspace: int, capacity: int | None
+        self,
+        recording: Recording,
+        at: Polynomial,
+        workspace: int,
+        capacity: int | None,
+        conditions: Conditions,
     ) -> None:
         self.at = at
+        self.conditions = conditions
         self.of(recording, "")
         self.workspace = workspace
-        self.allocator = CachingAllocator(capacity)
+        self.allocator = CachingAllocator(capacity, conditions.settings)
         self.warm: set[str] = set()
         self.highest: dict[str, tuple[int, int]] = {}
 

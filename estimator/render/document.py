@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from estimator.result import Result
 
 
-def to_json(result: Result) -> bytes:
+def to_json(result: Struct) -> bytes:
     """Return the document as UTF-8 JSON with two spaces of indent and a final newline."""
     return msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n"
 

@@ -324,10 +324,10 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
     terminal = SimpleNamespace(isatty=lambda: True, encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert commands._page(no_color=False).colour is (variable == "none")
-    assert commands._page(no_color=True).colour is False
+    assert commands.terminal_page(no_color=False).colour is (variable == "none")
+    assert commands.terminal_page(no_color=True).colour is False
 
 
 def test_a_narrow_encoding_gets_a_plain_page(monkeypatch):
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: False, encoding="ascii"))
-    assert commands._page(no_color=False).unicode is False
+    assert commands.terminal_page(no_color=False).unicode is False
