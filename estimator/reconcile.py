@@ -97,7 +97,7 @@ _SINGLES, _PAIRS, _TRIPLES = 8, 6, 3
 # Hypotheses that are estimated whole. What the allocator holds does not follow from the peak, so
 # there all that is shown is estimated whole, by the number of terms.
 _WHOLE: Final = 3
-_WHOLE_HELD: Final = (5, 2, 1)
+_WHOLE_HELD: Final = (4, 1, 1)
 # In units of one thirtieth of the gap: what a less plausible or a further term has to explain more.
 _DOUBT: Final[dict[Plausibility, float]] = {"often": 0.0, "sometimes": 0.5, "seldom": 1.0}
 _FURTHER: Final = 1.5

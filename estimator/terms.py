@@ -191,14 +191,15 @@ def _cast_back(case: Case) -> Iterator[Term]:
     prepared = asked is not None and asked.upcasts and asked.prepare_kbit
     if not prepared or request.autocast != "bf16":
         return
-    run = engine_for(request, case.question.config, case.question.name).run
+    asked_for = engine_for(request, case.question.config, case.question.name)
+    run = asked_for.run
     outer = (*run.spec.embeddings, run.spec.head)
 
     def half(module: Module) -> Module:
         raised = any(module is each for each in outer) and module.dtype is DType.FLOAT32
         return replace(module, dtype=DType.BFLOAT16) if raised else module
 
-    engine = Engine(replace(run, spec=run.spec.map_modules(half)), {})
+    engine = Engine(replace(run, spec=run.spec.map_modules(half)), {}, asked_for.recipe)
     yield Term(
         "TRL casts back", "TRL casts embeddings and head back to bf16, as TRL 0.13 does", {},
         case.difference_of(engine), "often",
