@@ -1,0 +1,1 @@
+"""A training run that exists: the request document that describes it, read off its live parts."""
