@@ -28,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def said(caplog):
+def said(caplog, monkeypatch):
     """Return the callback's messages of one level."""
+    # Import Linter, in a test of its own, switches off every logger that is there already.
+    monkeypatch.setattr(logging.getLogger("profiler.callback"), "disabled", False)
     caplog.set_level(logging.INFO, logger="profiler.callback")
 
     def of(level: str) -> list[str]:
