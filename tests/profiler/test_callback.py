@@ -416,11 +416,8 @@ def test_the_example_of_the_page_is_the_file_in_examples_and_says_what_the_page_
     exec(compile(example, "docs/callback.md", "exec"), {})
     assert said("INFO")[0].startswith("memory: ")
     if not torch.cuda.is_available():
-        shown = _without_sizes(" ".join(page.split()))
-        assert _without_sizes(f"INFO:profiler.callback:{said('INFO')[0]}") in shown
+        shown = " ".join(page.split())
+        # The rest of the sentence is the engine's, and moves with the calibration.
+        assert said("INFO")[0].startswith("memory: Needs ")
+        assert "INFO:profiler.callback:memory: Needs " in shown
         assert f"WARNING:profiler.callback:{said('WARNING')[0]}" in shown
-
-
-def _without_sizes(text: str) -> str:
-    """Return a text without its sizes, which move with the calibration."""
-    return re.sub(r"\d+\.\d+ GiB", "... GiB", text)
