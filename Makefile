@@ -36,7 +36,7 @@ serve: $(VENV)/.installed-dev  ## Start the web page on this machine
 conformance: $(VENV)/.installed-dev  ## Analytic engine against dry run, the whole grid
 	$(BIN)/python -m tests.conformance.report
 
-accuracy: $(VENV)/.installed-dev  ## Published measurements against our answers
+accuracy: $(VENV)/.installed-dev  ## Records to calibrated ranges to docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy
 
 bench: $(VENV)/.installed-dev  ## Speed of the estimate, of the command and of the dry run

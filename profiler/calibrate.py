@@ -276,6 +276,12 @@ def _constants(measured: Sequence[Run], looked: Sequence[Probe]) -> Constants:
 # -- residuals ---------------------------------------------------------------------------------
 
 
+def residuals(measured: Sequence[Run]) -> list[Residual]:
+    """Return the residuals of records that have an answer, the context of the device unmeasured."""
+    usable = [run for run in measured if run.outcome != "error"]
+    return _residuals(usable, _expected(usable, lambda share, text: None)[0], Constants())
+
+
 def _residuals(
     measured: Sequence[Run], expected: Mapping[str, Expected], constants: Constants
 ) -> list[Residual]:
@@ -414,7 +420,7 @@ def _quantile(sizes: Sequence[float], confidence: float) -> float:
     return sorted(sizes)[rank - 1]
 
 
-def held_out(residuals: Sequence[Residual]) -> tuple[HeldOut, ...]:
+def held_out(residuals: Sequence[Residual], confidence: float = CONFIDENCE) -> tuple[HeldOut, ...]:
     """Return, for each quantity, how many rows lie inside ranges made without their own group."""
     found = []
     for quantity in QUANTITIES:
@@ -427,7 +433,7 @@ def held_out(residuals: Sequence[Residual]) -> tuple[HeldOut, ...]:
                 if made is None or each.group != group:
                     continue
                 counted += 1
-                inside += each.size <= made.spread(CONFIDENCE)
+                inside += each.size <= made.spread(confidence)
         if counted:
-            found.append(HeldOut(quantity, CONFIDENCE, counted, inside))
+            found.append(HeldOut(quantity, confidence, counted, inside))
     return tuple(found)

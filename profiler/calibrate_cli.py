@@ -49,7 +49,7 @@ def calibrate(
     folder = out or data_folder() / FOLDER
     with progress_bar() as progress:
         found, left_out = calibrations(
-            [path.resolve() for path in files or _records()],
+            [path.resolve() for path in files or record_files()],
             root=data_folder().parent if not files else _root(files),
             progress=progress,
             allow_simulated=allow_simulated,
@@ -67,7 +67,7 @@ def calibrate(
     return 0
 
 
-def _records() -> list[Path]:
+def record_files() -> list[Path]:
     """Return every file of records that came with this installation."""
     folder = data_folder()
     published = folder / "published" / "records.jsonl"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, Literal
+from typing import Final
 
 from benchmarks.accuracy.published import Row
+from estimator.record import Meter as Meter
 from estimator.result import Peak, Range
 from estimator.units import GiB, MiB
 
-Meter = Literal["allocated", "reserved", "device used"]
+METER_ORDER: Final[tuple[Meter, ...]] = ("allocated", "reserved", "device used")
 
 # The beginning of a row's `metric`, and the quantity that it reads.
 METERS: Final[dict[str, Meter]] = {

@@ -1,237 +1,124 @@
-"""The page `docs/accuracy.md`, written from the published rows and our answers."""
+"""From measurement records to calibrated ranges to the page `docs/accuracy.md`, in one go."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
-from math import ceil
-from statistics import fmean, median
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from benchmarks.accuracy.comparison import Answered, Answers, Comparison, answers, comparisons
-from benchmarks.accuracy.explanations import NOTHING, explanation
-from benchmarks.accuracy.published import ROOT, Row, measured, out_of_memory
-from estimator.request import EstimateRequest
-from estimator.techniques.methods.lora import Lora
-from estimator.units import GiB, gib
+from benchmarks.accuracy import charts, ranges, records, rows, summary, traced, verdicts
+from benchmarks.accuracy.comparison import Answers, answers, comparisons
+from benchmarks.accuracy.points import Point, published, recorded
+from benchmarks.accuracy.published import ROOT, measured, out_of_memory
+from estimator import calibration, calibration_file
+from estimator.record import Run, read, runs
+from profiler.calibrate import calibrations, residuals
+from profiler.calibrate_cli import record_files, write
 
 PAGE: Final = ROOT / "docs" / "accuracy.md"
-# Beyond the first an error must be explained; beyond the second a known reason is told.
-TOLERANCE: Final = 0.05
-WORTH_TELLING: Final = 0.01
+PICTURES: Final = ROOT / "docs" / "accuracy"
+CALIBRATION: Final = ROOT / "data" / calibration_file.FOLDER
 
 INTRODUCTION: Final = """\
-# Accuracy against published measurements
+# Accuracy
 
-Written by `python -m benchmarks.accuracy`; a test fails when this page is out of date. The
-measurements and what is known about them are in [data/published](../data/published/README.md).
+Written by `make accuracy`, which goes the whole way without a GPU and without a network: published
+rows become measurement records (`data/published/records.jsonl`), these and our own
+(`data/measurements/`) become calibration files (`data/calibration/`), and this page compares all of
+them with our answers. The same records give the same bytes; a test fails when the page is out of
+date. The published measurements and what is known about them are in
+[data/published](../data/published/README.md).
 
 Every published row that the request document can express is estimated with the software that its
 source used, and each meter is compared with the same quantity of the answer:
 `max_memory_allocated` with allocated bytes, `max_memory_reserved` with reserved bytes, nvidia-smi
 with device memory in use. How a row becomes a request is in `benchmarks/accuracy/recipes.py`, one
-rule for a source. No constant of the estimator is fitted to a row.
+rule for a source. No constant of the estimator is fitted to a row; the ranges are.
 """
-
-_UPPER_BOUND: Final = (
-    "Lengths are those of the longest sample of Alpaca, an upper bound: a batch is padded to its\n"
-    "own longest sample, and how many batches were run is not stated. Only the row with 4 x 2048\n"
-    "tokens names its length.\n"
+NONE_OF_OURS: Final = (
+    "None of these measurements is ours: no run of `estimate campaign` on a GPU has been recorded\n"
+    "yet. What the allocator, the context and the kernels of a newer stack do on a newer card is\n"
+    "therefore not seen here.\n"
 )
 
-# What is known about a whole source.
-REMARKS: Final = {
-    "torchtune-docs-tutorials": (
-        f"{_UPPER_BOUND}The four LoRA rows draw their samples in one order, and meet the reading\n"
-        "at 900 to 1000 tokens, roughly.\n"
-    ),
-    "torchtune-readme-llama2-2024": _UPPER_BOUND,
-    "torchao-docs": (
-        "One epoch of Alpaca with torchtune of September 2024. Batch and checkpointing are those\n"
-        "of its configuration, and the longest sample is that of litgpt's tables.\n"
-    ),
-    "ms-swift": (
-        "The samples of this data set have 91 tokens up to the length given, and the meter reads\n"
-        "what the allocator holds. The excess shrinks where the card is nearly full (Yi-34B), and\n"
-        "Yi-6B has the same vocabulary and smaller layers: a tensor missed in the loss or in a\n"
-        "layer would make it grow. Blocks kept from samples of other lengths would look like\n"
-        "this, but no figure of the source can confirm it.\n"
-    ),
-}
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Everything that the page is written from."""
+
+    rows: Answers
+    failures: Answers
+    ours: tuple[Run, ...]
+    points: tuple[Point, ...]
+    judged: tuple[verdicts.Judged, ...]
+    covered: tuple[ranges.Coverage, ...]
 
 
-def render() -> str:
+def calibrate() -> None:
+    """Turn the published rows into records, and all records into calibration files."""
+    records.write(answers(measured()), answers(out_of_memory()))
+    made, _ = calibrations(record_files(), root=ROOT)
+    for each in made:
+        write(each, CALIBRATION)
+    for cached in (calibration_file.installed, calibration_file.choose, calibration.ranges):
+        cached.cache_clear()
+
+
+def findings() -> Findings:
+    """Answer every row and every record with the calibrations as they are."""
+    found, failures = answers(measured()), answers(out_of_memory())
+    ours = tuple(
+        run for path in record_files() for run in runs(read(path)) if run.origin == "measured"
+    )
+    readings = published(comparisons(found.answered))
+    judged = verdicts.published(found, failures)
+    return Findings(
+        rows=found,
+        failures=failures,
+        ours=ours,
+        points=(*readings, *recorded(ours)),
+        judged=(*judged, *verdicts.too_small(readings), *verdicts.swept(ours)),
+        covered=ranges.coverage(residuals(runs(read(records.FILE)))),
+    )
+
+
+def render(found: Findings) -> str:
     """Return the whole page."""
-    rows, failures = answers(measured()), answers(out_of_memory())
-    found = comparisons(rows.answered)
     sections = (
         INTRODUCTION,
-        *_summary(found),
-        *_measurements(found),
-        *_inexpressible(rows),
-        *_verdicts(rows, failures),
+        *_ours(found.ours),
+        *summary.by_source(found.points, rows.TOLERANCE),
+        "![Signed errors by source](accuracy/errors.svg)\n",
+        "![Estimated against measured](accuracy/scatter.svg)\n",
+        *summary.by_meter(found.points),
+        *summary.by_engine(found.points, traced.read()),
+        *summary.by_stratum(found.points),
+        *verdicts.table(found.judged),
+        *rows.failed(found.failures),
+        *ranges.sections(found.points, calibration_file.installed(), found.covered),
+        "![Coverage on held-out sources](accuracy/coverage.svg)\n",
+        *rows.measurements(comparisons(found.rows.answered)),
+        *rows.inexpressible(found.rows),
     )
     return "\n".join(sections).rstrip() + "\n"
 
 
-# -- summary -----------------------------------------------------------------------------------
+def _ours(runs: tuple[Run, ...]) -> Iterator[str]:
+    if not runs:
+        yield NONE_OF_OURS
+        return
+    cards = sorted({run.environment.gpu or "unknown" for run in runs})
+    yield f"{len(runs)} of the runs are ours, on {', '.join(cards)}.\n"
 
 
-def scored(found: Iterable[Comparison]) -> dict[tuple[str, str], list[Comparison]]:
-    """Return the comparisons that count, by source group and meter."""
-    counted = [each for each in found if each.run.row.scored]
-    keys = dict.fromkeys((each.run.row.source_group, each.meter) for each in counted)
-    return {
-        key: [each for each in counted if (each.run.row.source_group, each.meter) == key]
-        for key in keys
+def pages(found: Findings) -> Iterator[tuple[Path, str]]:
+    """Yield the page and its pictures, each with the text that it should have."""
+    yield PAGE, render(found)
+    pictures: dict[str, Callable[[], str]] = {
+        "errors.svg": lambda: charts.error_chart(found.points),
+        "scatter.svg": lambda: charts.scatter_chart(found.points),
+        "coverage.svg": lambda: charts.coverage_chart(found.covered),
     }
-
-
-def nearest_rank(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that at least this share of the values does not exceed.
-
-    Example:
-        >>> nearest_rank([1.0, 2.0, 3.0, 4.0], 0.5)
-        2.0
-    """
-    return sorted(values)[max(0, ceil(share * len(values)) - 1)]
-
-
-def _summary(found: Sequence[Comparison]) -> Iterator[str]:
-    yield "## Summary\n"
-    yield (
-        "Counted are peaks of completeness 2 or 3 that are not suspect, one meter at a time. Bias\n"
-        "is the mean signed error; the 90th percentile is by nearest rank; inside are\n"
-        "measurements between the low and the high end of the answer.\n"
-    )
-    yield (
-        "| source | meter | rows | median error | 90th percentile | worst | bias | beyond 5 % "
-        "| inside |"
-    )
-    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
-    for (group, meter), each in scored(found).items():
-        errors = [comparison.error for comparison in each]
-        sizes = [abs(error) for error in errors]
-        worst = max(errors, key=abs)
-        yield (
-            f"| {group} | {meter} | {len(each)} | {median(sizes):.2%} | "
-            f"{nearest_rank(sizes, 0.9):.2%} | {worst:+.2%} | {fmean(errors):+.2%} | "
-            f"{sum(size > TOLERANCE for size in sizes)} | {sum(one.inside for one in each)} |"
-        )
-    yield ""
-
-
-# -- one row for each measurement --------------------------------------------------------------
-
-
-def _measurements(found: Sequence[Comparison]) -> Iterator[str]:
-    yield "## Measurements\n"
-    yield (
-        "Sizes in GiB. A row in brackets does not count: its source leaves more than one thing\n"
-        "open. The last column speaks where an error is beyond 5 %, and where a reason is known\n"
-        "for one beyond 1 %.\n"
-    )
-    for group, each in groupby(found, key=lambda comparison: comparison.run.row.source_group):
-        yield f"### {group}\n"
-        if group in REMARKS:
-            yield REMARKS[group]
-        yield "| id | model | recipe | meter | measured | estimated | error | why |"
-        yield "|---|---|---|---|---:|---:|---:|---|"
-        for comparison in sorted(each, key=lambda one: one.meter):
-            yield _measurement(comparison)
-        yield ""
-
-
-def _measurement(comparison: Comparison) -> str:
-    run = comparison.run
-    name = run.row.id if run.row.scored else f"({run.row.id})"
-    return (
-        f"| {name} | {run.row.model} | {recipe(run.request)} | {comparison.meter} | "
-        f"{comparison.measured / GiB:.2f} | {comparison.estimated.expected / GiB:.2f} | "
-        f"{comparison.error:+.2%} | {why(comparison)} |"
-    )
-
-
-def why(comparison: Comparison) -> str:
-    """Return what explains a comparison's error, as far as it needs explaining."""
-    if abs(comparison.error) <= WORTH_TELLING:
-        return ""
-    text = explanation(comparison)
-    if text is None and abs(comparison.error) > TOLERANCE:
-        return NOTHING
-    return text or ""
-
-
-def recipe(request: EstimateRequest) -> str:
-    """Return the recipe of a request in a few words."""
-    method, quantization = request.method, request.quantization
-    name = method.name
-    if isinstance(method, Lora):
-        name = f"LoRA r={method.r}"
-        if quantization is not None:
-            name = f"Q{name}" if quantization.upcasts else f"{name} over {quantization.name}"
-    raised = quantization is not None and quantization.upcasts and quantization.prepare_kbit
-    prepared = ", k-bit preparation" if raised else ""
-    precision = request.precision + (f" + autocast {request.autocast}" if request.autocast else "")
-    optimizer = f"{request.optimizer.name} {request.optimizer.implementation or ''}".strip()
-    return (
-        f"{name}{prepared}, {precision}, {optimizer}, "
-        f"{request.micro_batch_size} x {request.seq_len}, "
-        f"checkpointing {request.activation_checkpointing}, {request.attention}, "
-        f"{''.join(f'{each} kernels, ' for each in request.kernels)}"
-        f"{request.software.framework} {request.software.version}"
-    )
-
-
-# -- what cannot be expressed, and what failed -------------------------------------------------
-
-
-def _inexpressible(rows: Answers) -> Iterator[str]:
-    total = len(rows.answered) + len(rows.refused)
-    yield "## Rows that this version cannot express\n"
-    yield f"{len(rows.refused)} of {total} rows, each under the first reason that applies.\n"
-    yield from _reasons(rows)
-
-
-def _reasons(rows: Answers) -> Iterator[str]:
-    yield "| reason | rows | sources |"
-    yield "|---|---:|---|"
-    for reason, each in rows.reasons.items():
-        yield f"| {reason} | {len(each)} | {_sources(each)} |"
-    yield ""
-
-
-def _sources(rows: Iterable[Row]) -> str:
-    counts = Counter(row.source_group for row in rows)
-    return ", ".join(f"{group} ({count})" for group, count in sorted(counts.items()))
-
-
-def _verdicts(rows: Answers, failures: Answers) -> Iterator[str]:
-    false_fits = sum(each.result.verdict == "fits" for each in failures.answered)
-    judged = [each for each in rows.answered if each.result.verdict != "unknown"]
-    false_refusals = sum(each.result.verdict == "does_not_fit" for each in judged)
-    total = len(failures.answered) + len(failures.refused)
-    yield "## Verdicts\n"
-    yield (
-        f"- Runs that were published as not fitting: {len(failures.answered)} of {total} can be\n"
-        f"  expressed; {false_fits} of them are said to fit.\n"
-        f"- Measured runs on a card of the catalogue: {len(judged)}; {false_refusals} of them are "
-        "said not to fit.\n"
-    )
-    yield "| id | model | recipe | GPU | needs | offers | verdict |"
-    yield "|---|---|---|---|---:|---:|---|"
-    for each in failures.answered:
-        yield _failure(each)
-    yield ""
-    yield "Failed runs that this version cannot express:\n"
-    yield from _reasons(failures)
-
-
-def _failure(run: Answered) -> str:
-    needed, usable = run.result.peak.needed_bytes, run.result.capacity.usable_bytes
-    offers = gib(usable) if usable is not None else "not known"
-    return (
-        f"| {run.row.id} | {run.row.model} | {recipe(run.request)} | {run.row.gpu} | "
-        f"{gib(needed.low)} to {gib(needed.high)} | {offers} | {run.result.verdict} |"
-    )
+    for name, draw in pictures.items():
+        yield PICTURES / name, draw()

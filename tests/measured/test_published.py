@@ -6,13 +6,18 @@ from statistics import median
 
 import pytest
 
-from benchmarks.accuracy.comparison import answers, comparisons
+from benchmarks.accuracy import verdicts
+from benchmarks.accuracy.comparison import comparisons
+from benchmarks.accuracy.points import published
 from benchmarks.accuracy.published import measured, out_of_memory
-from benchmarks.accuracy.report import PAGE, render, scored
+from benchmarks.accuracy.records import FILE, write
+from benchmarks.accuracy.report import findings, pages
+from benchmarks.accuracy.summary import grouped
 from estimator.units import GiB
 
-FOUND = comparisons(answers(measured()).answered)
-SCORED = scored(FOUND)
+FINDINGS = findings()
+FOUND = comparisons(FINDINGS.rows.answered)
+SCORED = grouped(published(FOUND))
 
 # Lowered when an answer gets better, never raised to let a change pass. Device used of fms-main was
 # 0.042 and 0.126 before its four runs of FOAK over quantized weights could be asked for, whose
@@ -80,13 +85,19 @@ def test_a_token_of_lora_costs_the_734_720_bytes_that_were_measured():
 
 
 def test_no_run_that_ran_out_of_memory_is_said_to_fit():
-    failed = answers(out_of_memory()).answered
+    failed = FINDINGS.failures.answered
     assert len(failed) >= 7
     assert [each.row.id for each in failed if each.result.verdict == "fits"] == []
 
 
+def test_no_card_that_is_too_small_for_the_tensors_of_a_run_is_said_to_do():
+    small = [each for each in FINDINGS.judged if each.source == verdicts.TOO_SMALL]
+    assert len(small) >= 53
+    assert [each for each in small if each.verdict == "fits"] == []
+
+
 def test_no_run_that_was_measured_is_said_not_to_fit():
-    runs = answers(measured()).answered
+    runs = FINDINGS.rows.answered
     assert [each.row.id for each in runs if each.result.verdict == "does_not_fit"] == []
 
 
@@ -102,11 +113,18 @@ def test_the_error_of_a_group_does_not_grow(key):
 
 
 def test_every_published_row_is_either_answered_or_refused_with_a_reason():
-    for rows in (measured(), out_of_memory()):
-        outcome = answers(rows)
+    pairs = ((measured(), FINDINGS.rows), (out_of_memory(), FINDINGS.failures))
+    for rows, outcome in pairs:
         assert len(outcome.answered) + len(outcome.refused) == len(rows)
         assert all(reason for _, reason in outcome.refused)
 
 
-def test_the_accuracy_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == render(), "run `python -m benchmarks.accuracy`"
+def test_the_accuracy_page_and_its_pictures_are_up_to_date():
+    for path, text in pages(FINDINGS):
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make accuracy`"
+
+
+def test_the_records_of_the_published_rows_are_up_to_date(tmp_path):
+    write(FINDINGS.rows, FINDINGS.failures, tmp_path / "records.jsonl")
+    made = (tmp_path / "records.jsonl").read_bytes()
+    assert made == FILE.read_bytes(), "run `make accuracy`"
