@@ -23,7 +23,9 @@ used), `reserved` only when a segment or a page goes back to the driver.
 
 Not modelled: `garbage_collection_threshold`, the private pools of CUDA graphs, and the order in
 which the driver picks addresses (here they rise; it only breaks ties between free blocks of equal
-size).
+size). Recordings of GPUs are replayed with the addresses that they have
+(`tests/profiler/histories`): every exchange with the driver and the place of every block come out
+as recorded.
 
 Source: torch-caching-allocator, DeviceCachingAllocator; `c10/core/AllocatorConfig.h` and
 `c10/cuda/CUDAAllocatorConfig.h` as shipped with torch 2.13.0 (commit cf30153c4c13), which add
@@ -34,7 +36,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Final, Literal, NamedTuple
 
@@ -385,6 +387,7 @@ class CachingAllocator:
     Args:
         capacity_bytes: what the driver can give to this process; None for no limit.
         settings: `PYTORCH_ALLOC_CONF`; may be changed on the way with `change_settings`.
+        place: where the driver puts a new range of so many bytes; by default above all before.
 
     Raises:
         InvalidRequestError: a memory fraction of an unknown capacity.
@@ -399,8 +402,11 @@ class CachingAllocator:
         self,
         capacity_bytes: int | None = None,
         settings: AllocatorSettings = DEFAULT_SETTINGS,
+        *,
+        place: Callable[[int], int] | None = None,
     ) -> None:
         self._capacity = capacity_bytes
+        self._place = place
         self.change_settings(settings)
         self._pools: dict[tuple[int, bool], _Pool] = {}
         self._live: dict[Hashable, _Block | None] = {}
@@ -411,6 +417,83 @@ class CachingAllocator:
         self._allocated = self._reserved = self._requested = self._active = 0
         self._num_segments = self._num_alloc_retries = 0
         self.reset_peaks()
+
+    def adopt(
+        self, segments: Iterable[Segment], bases: Mapping[tuple[int, bool], int] | None = None
+    ) -> None:
+        """Begin with segments that another process, or an earlier part of it, has left.
+
+        They are what `segments()` returns. The pieces of the expandable segment of one stream and
+        pool belong together.
+
+        Args:
+            segments: what is held, in any order.
+            bases: where the addresses of the expandable segment of a stream and a pool (small or
+                not) begin, if that is below its lowest piece.
+
+        Raises:
+            ValueError: a key is in use already.
+        """
+        expandable: dict[_Pool, list[Segment]] = {}
+        for segment in sorted(segments, key=lambda each: each.address):
+            pool = self._pool(segment.stream, is_small=segment.is_small)
+            if segment.is_expandable:
+                expandable.setdefault(pool, []).append(segment)
+            else:
+                self._adopt_blocks(segment, pool)
+                self._num_segments += 1
+        for pool, pieces in expandable.items():
+            lowest = pieces[0].address
+            base = (bases or {}).get((pool.stream, pool.is_small), lowest)
+            self._adopt_expandable(pool, pieces, base)
+        self.reset_peaks()
+
+    def _adopt_expandable(self, pool: _Pool, pieces: Sequence[Segment], base: int) -> None:
+        page = self._page_bytes(pool)
+        pages = _AddressRange(base, page)
+        last: _Block | None = None
+        for at, piece in zip(
+            (base, *(each.address + each.size_bytes for each in pieces)), pieces, strict=False
+        ):
+            if at < piece.address:
+                last = _unmapped(at, piece.address, pool, pages, last)
+            last = self._adopt_blocks(piece, pool, pages, last)
+        end = pieces[-1].address + pieces[-1].size_bytes
+        _unmapped(end, base + self._room_bytes(page), pool, pages, last)
+
+    def _adopt_blocks(
+        self,
+        segment: Segment,
+        pool: _Pool,
+        pages: _AddressRange | None = None,
+        before: _Block | None = None,
+    ) -> _Block:
+        """Link the blocks of a segment in behind `before`; return the last one."""
+        for each in segment.blocks:
+            block = _Block(each.address, each.size_bytes, pool, pages)
+            if before is not None:
+                block.insert_after(before)
+            block.state, block.key = each.state, each.key
+            before = block
+            if each.state == "inactive":
+                pool.add(block)
+                continue
+            if each.key is None or each.key in self._live or each.key in self._pending:
+                raise ValueError(f"block at {each.address} has no key of its own: {each.key!r}")
+            block.requested = each.requested_bytes
+            self._active += block.size
+            self._requested += block.requested
+            if each.state == "active_allocated":
+                self._live[each.key] = block
+                self._allocated += block.size
+            else:
+                self._pending[each.key] = block
+        if before is None:
+            raise ValueError(f"segment at {segment.address} has no blocks")
+        self._reserved += segment.size_bytes
+        end = round_up(segment.address + segment.size_bytes, LARGE_ROUNDING_BYTES)
+        self._next_address = max(self._next_address, end)
+        return before
 
     def change_settings(self, settings: AllocatorSettings) -> None:
         """Change the settings of a running process: blocks that exist keep their kind."""
@@ -693,6 +776,8 @@ class CachingAllocator:
         return self._capacity is None or self._reserved + size <= self._capacity
 
     def _address_space(self, size: int) -> int:
+        if self._place is not None:
+            return self._place(size)
         address = self._next_address
         self._next_address += round_up(size, LARGE_ROUNDING_BYTES)
         return address
@@ -723,19 +808,26 @@ class CachingAllocator:
             start = before if before is not None and before.state == "inactive" else unmapped
             if _has_room(start, size):
                 return start
-        page = SMALL_SEGMENT_BYTES if pool.is_small else self.settings.large_segment_bytes
-        room = (
-            max(UNBOUNDED_ADDRESS_SPACE, size)
-            if self._capacity is None
-            # 9/8 of the device, so that pages unmapped at the front can come back at the end.
-            else self._capacity + self._capacity // 8
-        )
-        room = round_up(room, page)
+        page = self._page_bytes(pool)
+        room = self._room_bytes(page, size)
         base = self._address_space(room)
         block = _Block(base, room, pool, _AddressRange(base, page))
         block.mapped = False
         pool.add(block)
         return block
+
+    def _page_bytes(self, pool: _Pool) -> int:
+        return SMALL_SEGMENT_BYTES if pool.is_small else self.settings.large_segment_bytes
+
+    def _room_bytes(self, page: int, at_least: int = 0) -> int:
+        """Return how many addresses one expandable segment reserves."""
+        room = (
+            max(UNBOUNDED_ADDRESS_SPACE, at_least)
+            if self._capacity is None
+            # 9/8 of the device, so that pages unmapped at the front can come back at the end.
+            else self._capacity + self._capacity // 8
+        )
+        return round_up(room, page)
 
     def _map(self, block: _Block, size: int) -> bool:
         """Back the front of an unmapped block with pages and merge it with its free neighbours.
@@ -841,6 +933,18 @@ def _has_room(start: _Block, size: int) -> bool:
             return room >= size
         block = block.next
     return True
+
+
+def _unmapped(
+    begin: int, end: int, pool: _Pool, pages: _AddressRange, before: _Block | None
+) -> _Block:
+    """Make the unmapped room of an expandable segment between two addresses."""
+    room = _Block(begin, end - begin, pool, pages)
+    room.mapped = False
+    if before is not None:
+        room.insert_after(before)
+    pool.add(room)
+    return room
 
 
 def _mapped_runs(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
