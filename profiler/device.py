@@ -223,7 +223,7 @@ class Cuda:
             major, minor = self.capability
             facts = {
                 "gpu": name,
-                "gpu_id": _key(name),
+                "gpu_id": catalogue_id(name),
                 "compute_capability": f"{major}.{minor}",
                 "multiprocessors": self.multiprocessors,
                 "total_bytes": int(self._cuda.mem_get_info()[1]),
@@ -380,7 +380,7 @@ def _has_context() -> bool:
     return asked is not None and bool(asked(0))
 
 
-def _key(name: str) -> str | None:
+def catalogue_id(name: str) -> str | None:
     """Return the catalogue's id of a card, by the name that its driver gives."""
     try:
         return find_gpu(name).key

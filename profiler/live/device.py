@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from estimator.memory.allocator import charge
 from estimator.record import Environment, Meters, Origin
 from estimator.units import gib
-from profiler.live.loop import installed_version
-
-# The libraries whose versions a record of a live run names.
-_LIBRARIES: Final = (
-    "torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "torchao",
-    "liger-kernel", "flash-attn",
-)  # fmt: skip
+from profiler.device import catalogue_id
+from profiler.versions import allocator_settings, imported_versions, python_version
 
 
 class Look(NamedTuple):
@@ -120,15 +113,14 @@ class CudaMeter:
         properties = cuda.get_device_properties(self._device)
         return Environment(
             gpu=properties.name,
+            gpu_id=catalogue_id(properties.name),
             compute_capability=f"{properties.major}.{properties.minor}",
             multiprocessors=properties.multi_processor_count,
-            total_bytes=properties.total_memory,
+            total_bytes=cuda.mem_get_info(self._device)[1],
             cuda=version.cuda,
-            python=platform.python_version(),
-            versions={name: number for name in _LIBRARIES if (number := installed_version(name))},
-            allocator=os.environ.get(
-                "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-            ),
+            python=python_version(),
+            versions=imported_versions(),
+            allocator=allocator_settings(),
         )
 
     def _fraction(self) -> float:

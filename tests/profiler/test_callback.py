@@ -16,7 +16,7 @@ from estimator.record import read
 from estimator.request import parse_request
 from estimator.service import estimate
 from profiler.callback import DoesNotFitError, MemoryPreflight
-from profiler.live.device import Look, capacity, meter_of, unknown_tensors
+from profiler.live.device import CudaMeter, Look, capacity, meter_of, unknown_tensors
 from tests.profiler import live_runs
 from tests.profiler.live_runs import FakeMeter, llama, samples, trainer
 
@@ -388,6 +388,79 @@ def test_what_else_the_process_holds_is_not_the_runs(tmp_path, said):
     largest = sum(-(-each.nbytes // 512) * 512 for each in model.parameters())
     assert 2**30 - 2 * largest < hardware["reserved_by_others_bytes"] <= 2**30 - largest
     assert "belong to neither model nor optimizer" in said("INFO")[0]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Let torch.cuda answer as a card of 1000 bytes does, through functions of the same names."""
+    import torch
+
+    answers = {
+        "mem_get_info": lambda device: (300, 1000),
+        "memory_reserved": lambda device: 500,
+        "memory_allocated": lambda device: 400,
+        "max_memory_allocated": lambda device: 450,
+        "max_memory_reserved": lambda device: 550,
+        "memory_stats": lambda device: {"requested_bytes.all.peak": 440},
+        "get_device_name": lambda device: "NVIDIA GeForce RTX 4090",
+        "get_per_process_memory_fraction": lambda device: 0.75,
+        "reset_peak_memory_stats": lambda device: None,
+        "synchronize": lambda device: None,
+        "get_device_properties": lambda device: SimpleNamespace(
+            name="NVIDIA GeForce RTX 4090", major=8, minor=9, multi_processor_count=128, uuid="x"
+        ),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    return "cuda:0"
+
+
+def test_the_meter_of_cuda_reads_torchs_counters(card):
+    meter = CudaMeter(card)
+    assert meter.origin == "measured"
+    look = meter.look()
+    assert look[:5] == ("NVIDIA GeForce RTX 4090", 1000, 300, 400, 500)
+    assert look.limit == 750
+    peak = meter.peak()
+    assert (peak.allocated_bytes, peak.requested_bytes, peak.reserved_bytes) == (450, 440, 550)
+    meter.reset()
+    meter.synchronize()
+    found = meter.environment()
+    assert (found.gpu_id, found.compute_capability, found.total_bytes) == ("rtx-4090", "8.9", 1000)
+    assert "torch" in found.versions
+
+
+@pytest.mark.parametrize(
+    ("computing", "drawing", "context"), [(1, 0, 200), (2, 0, None), (1, 1, None), (0, 0, None)]
+)
+def test_the_context_is_known_where_no_other_process_is_on_the_device(
+    computing, drawing, context, card, monkeypatch
+):
+    import pynvml
+
+    asked = []
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", asked.append)
+    for kind, count in (("Compute", computing), ("Graphics", drawing)):
+        name = f"nvmlDeviceGet{kind}RunningProcesses"
+        monkeypatch.setattr(pynvml, name, lambda handle, count=count: [object()] * count)
+    assert CudaMeter(card).look().context == context
+    assert asked == [b"GPU-x"]
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_device_is_recorded_as_measured(tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    path = tmp_path / "records.jsonl"
+    callback = MemoryPreflight(record_to=path)
+    trainer(tmp_path, callback, llama(), use_cpu=False).train()
+    (run,) = read(path)
+    assert (run.origin, run.steps) == ("measured", 3)
+    assert callback.result.capacity.usable_bytes <= run.environment.total_bytes
 
 
 @pytest.mark.parametrize(
