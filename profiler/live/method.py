@@ -10,6 +10,7 @@ from typing import Any, Final
 from estimator.request import METHODS
 from estimator.techniques.method import Method
 from profiler.live.findings import Findings
+from profiler.live.partial import partial
 
 _BY_CONFIGURATION: Final[dict[str, type[Method]]] = {
     each.peft: each for each in METHODS if each.peft is not None
@@ -42,15 +43,16 @@ _CHOICES: Final = (
 )  # fmt: skip
 
 
-def method(model: Any, findings: Findings) -> dict[str, Any]:
+def method(model: Any, config: dict[str, Any], findings: Findings) -> dict[str, Any]:
     """Return the section `method` of a live model.
 
     Args:
         model: as the Trainer holds it: a PeftModel, or a model with or without PEFT's adapters.
+        config: the model's configuration.
     """
     configurations = getattr(model, "peft_config", None)
     if not isinstance(configurations, Mapping):
-        return _without_peft(model, findings)
+        return _without_peft(model, config, findings)
     if len(configurations) != 1:
         findings.unknown.append(f"{len(configurations)} adapters at once: {_names(configurations)}")
         return {"name": "lora"}
@@ -67,13 +69,16 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _without_peft(model: Any, findings: Findings) -> dict[str, Any]:
+def _without_peft(model: Any, config: dict[str, Any], findings: Findings) -> dict[str, Any]:
     frozen = [name for name, each in model.named_parameters() if not each.requires_grad]
-    if frozen:
+    if not frozen:
+        return {"name": "full"}
+    found = partial(model, config)
+    if found is None:
         findings.unknown.append(
             f"{len(frozen)} parameters that are frozen without PEFT, such as {frozen[0]}"
         )
-    return {"name": "full"}
+    return found or {"name": "full"}
 
 
 def _with_peft(

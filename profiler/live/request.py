@@ -46,9 +46,10 @@ def document(run: LiveRun, findings: Findings, *, seq_len: int | None = None) ->
     checkpointing = loop.checkpointing(model, software, findings)
     kernels, loss = loop.kernels_and_loss(args, software, findings)
     found = batch.batch(args, model, run.tokenizer, run.dataloader, seq_len, findings)
+    config = weights.config_of(model)
     request: dict[str, Any] = {
-        "model": {"config": weights.config_of(model)},
-        "method": method.method(model, findings),
+        "model": {"config": config},
+        "method": method.method(model, config, findings),
         **_precision(run, findings),
         "optimizer": optimizer.optimizer(args, run.optimizer, findings),
         "micro_batch_size": run.micro_batch_size,

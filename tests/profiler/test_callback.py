@@ -111,7 +111,7 @@ def test_another_model_than_the_estimate_counts_is_told_and_never_stopped(tmp_pa
 
 def test_what_cannot_be_estimated_stops_nothing(tmp_path, said):
     model = llama()
-    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].requires_grad_(False)
     callback = MemoryPreflight(meter=FakeMeter(2**20), on_misfit="stop")
     run = trainer(tmp_path, callback, model)
     run.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -295,8 +296,31 @@ def test_checkpointing_is_read_off_the_layers(settings, word, tmp_path):
     assert "use_cache" not in found["loop"]
 
 
+PARTIAL = {
+    # The trained parameters, and what the request calls them.
+    r"layers\.[12]\.|lm_head": {"last_layers": 2, "modules": ["lm_head"]},
+    r"layers\.2\.": {"last_layers": 1},
+    r"layers\.[12]\..*(q_proj|v_proj)": {"last_layers": 2, "modules": ["q_proj", "v_proj"]},
+    r"q_proj": {"last_layers": 3, "modules": ["q_proj"]},
+    r"norm": {"norms": True},
+    r"embed_tokens|lm_head": {"modules": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("pattern", list(PARTIAL))
+def test_a_model_that_is_frozen_in_part_is_told_by_what_it_trains(pattern, tmp_path):
+    model = live_runs.llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(pattern, name) is not None)
+    found = _document(tmp_path, model)
+    assert found["method"] == {"name": "partial", **PARTIAL[pattern]}
+    counted = estimate(found).parameters
+    assert (counted.total, counted.trainable) == weights.parameters(model)
+
+
 def _frozen(model: Any) -> Any:
-    model.model.embed_tokens.requires_grad_(False)
+    """Freeze one layer in the middle, for which there is no word."""
+    model.model.layers[1].requires_grad_(False)
     return model
 
 
