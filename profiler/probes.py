@@ -16,7 +16,7 @@ from estimator.units import round_up
 from profiler.bench import Bench
 from profiler.device import Device, Simulated
 from profiler.gauge import Gauge
-from profiler.measure import Options, locked, measure, now, one_line
+from profiler.measurement import Options, locked, measure, now, one_line
 
 Arguments = dict[str, Any]
 Values = dict[str, int]

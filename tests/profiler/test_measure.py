@@ -19,7 +19,8 @@ from estimator.record import Run, read
 from estimator.service import requested_gpu
 from profiler import engine
 from profiler.device import Cuda, Simulated
-from profiler.measure import Options, main, measure
+from profiler.measure import main
+from profiler.measurement import Options, measure
 from profiler.probes import PROBES, measured
 from tests.profiler.host import Host
 from tests.profiler.recipes import TINY, request
@@ -206,7 +207,7 @@ def test_the_record_holds_the_request_that_was_run() -> None:
     assert run.environment.versions["transformers"]
 
 
-BLOCKED = ("pydantic", "fastapi", "click", "rich", "starlette", "plotly", "yaml")
+BLOCKED = ("msgspec", "pydantic", "fastapi", "click", "rich", "starlette", "plotly", "yaml")
 
 
 def _module(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
