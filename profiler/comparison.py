@@ -53,14 +53,14 @@ def subtract(left: Result, right: Result) -> Comparison:
         peak=Difference(
             "peak", left.peak.allocated_bytes.expected, right.peak.allocated_bytes.expected
         ),
-        phases=_paired(_by_phase(left), _by_phase(right)),
+        phases=_paired(by_phase(left), by_phase(right)),
         components=_paired(_by_component(left), _by_component(right)),
         only_left=only_left,
         only_right=only_right,
     )
 
 
-def _by_phase(result: Result) -> dict[str, int]:
+def by_phase(result: Result) -> dict[str, int]:
     """Return the highest moment of each phase; the analytic engine's moments name sites as well."""
     highest: dict[str, int] = {}
     for moment in result.timeline:

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from estimator.errors import MissingDependencyError, UnsupportedCombinationError
 from estimator.record import Run, read
 from estimator.service import requested_gpu
-from profiler import engine
+from profiler import engine, measure_cli
 from profiler.device import Cuda, Simulated
 from profiler.measure import main
 from profiler.measurement import Options, measure
@@ -480,3 +481,32 @@ def test_a_context_that_was_there_before_spoils_the_reading_of_others(
     gpu = Cuda()
     gpu.open(None)
     assert gpu.idle_bytes is None
+
+
+def test_the_command_shows_the_meters_beside_the_prediction(document: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = ["--request", document, "--device", "simulated", "--gpu", "rtx-4090"]
+    outcome = CliRunner().invoke(measure_cli.measure, [*arguments, "--append", str(out)])
+    assert outcome.exception is None, outcome.output
+    lines = outcome.stdout.splitlines()
+    assert lines[0] == "simulated GeForce RTX 4090, simulated: 2 steps, ok"
+    shown = {line[:22].strip(): line.split()[-1] for line in lines if line.endswith("%")}
+    assert {"allocated", "reserved", "device used", "backward", "optimizer step"} <= set(shown)
+    # The analytic engine and the dry run agree within 1 % here as everywhere.
+    assert abs(float(shown["allocated"].rstrip("%"))) < 1
+    (run,) = read(out)
+    assert run.origin == "simulated"
+
+
+def test_the_command_prints_the_record_on_request(document: str) -> None:
+    arguments = ["--request", document, "--device", "simulated", "--json", "--id", "mine"]
+    outcome = CliRunner().invoke(measure_cli.measure, arguments)
+    assert outcome.exception is None, outcome.output
+    record = json.loads(outcome.stdout)
+    assert (record["record"], record["id"], record["origin"]) == ("run", "mine", "simulated")
+
+
+def test_a_run_that_ran_out_says_so_and_is_compared_as_far_as_it_went() -> None:
+    text = measure_cli.summary(simulated(10_000_000), None)
+    assert "0 steps, out of memory" in text.splitlines()[0]
+    assert text.splitlines()[1].startswith("out of memory: tried to allocate")
