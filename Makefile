@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check fix docs serve conformance accuracy bench browser clean
+.PHONY: help run test check fix docs serve conformance accuracy peers bench browser clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,12 +39,15 @@ conformance: $(VENV)/.installed-dev  ## Analytic engine against dry run, the who
 accuracy: $(VENV)/.installed-dev  ## Records to calibrated ranges to docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy
 
+peers: $(VENV)/.installed-dev  ## Other calculators on the published rows; installs each of them
+	$(BIN)/python -m benchmarks.peers --install
+
 bench: $(VENV)/.installed-dev  ## Speed of the estimate, of the command and of the dry run
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.dry_run
 
 clean:  ## Remove the environment and every cache
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
