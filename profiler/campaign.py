@@ -256,6 +256,14 @@ HELP: Final = {
 """What the flags do, for both doors."""
 
 
+def _steps(text: str) -> int:
+    if _count(text) < STEPS:
+        raise argparse.ArgumentTypeError(
+            f"{text} is fewer than {STEPS}; the first step has no optimizer states before it"
+        )
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="profiler.campaign",
@@ -273,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=_count, metavar="N", help=HELP["--jobs"])
     parser.add_argument("--case-limit", type=_length, default=CASE_SECONDS, metavar="TIME",
                         help=HELP["--case-limit"])  # fmt: skip
-    parser.add_argument("--steps", type=_count, default=STEPS, help=HELP["--steps"])
+    parser.add_argument("--steps", type=_steps, default=STEPS, help=HELP["--steps"])
     parser.add_argument("--snapshots", type=Path, metavar="FOLDER", help=HELP["--snapshots"])
     for flag in ("--retry-errors", "--list", "--dry"):
         parser.add_argument(flag, action="store_true", help=HELP[flag])

@@ -43,17 +43,20 @@ class _Time(click.ParamType):  # type: ignore[type-arg]  # not generic before cl
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _COUNT = click.IntRange(min=1)
+_STEPS = click.IntRange(min=STEPS)
 
 
 @click.command(cls=GroupedHelp, name="campaign")
-@click.argument("matrices", nargs=-1, required=True, type=click.Choice(list(MATRICES)))
+@click.argument(
+    "matrices", nargs=-1, required=True, type=click.Choice(list(MATRICES)), metavar="MATRIX..."
+)
 @click.option("--budget", type=_Time(), default=BUDGET_SECONDS, help=HELP["--budget"])
 @click.option("--out", type=_FILE, help=HELP["--out"])
 @click.option("--device", type=click.Choice(DEVICES), default="cuda", help=HELP["--device"])
 @click.option("--gpu", metavar="ID", help=HELP["--gpu"])
 @click.option("--jobs", type=_COUNT, help=HELP["--jobs"])
 @click.option("--case-limit", type=_Time(), default=CASE_SECONDS, help=HELP["--case-limit"])
-@click.option("--steps", type=_COUNT, default=STEPS, help=HELP["--steps"])
+@click.option("--steps", type=_STEPS, default=STEPS, help=HELP["--steps"])
 @click.option("--snapshots", type=_FOLDER, help=HELP["--snapshots"])
 @click.option("--retry-errors", is_flag=True, help=HELP["--retry-errors"])
 @click.option("--list", "listed", is_flag=True, help=HELP["--list"])

@@ -22,6 +22,7 @@ from estimator.errors import (
     EstimatorError,
     InvalidRequestError,
     MissingDependencyError,
+    NoDriverError,
     UnknownGpuError,
 )
 from estimator.nvml import probe
@@ -45,7 +46,7 @@ class Stand:
 
     Args:
         device: `cuda` or `simulated`.
-        gpu: the name that the driver gives; of a simulated one, that of the catalogue.
+        gpu: the name that the driver gives; that of the catalogue for a simulated one.
         gpu_id: the catalogue's id; None for a card that it does not know.
         total_bytes: what the driver says that it has [bytes].
         used_by_others_bytes: what other processes hold on it now [bytes].
@@ -108,8 +109,14 @@ def stand(device: str, gpu: str | None) -> Stand:
         )
     if device == "simulated":
         card = find_gpu(gpu or "h100-80gb-sxm5")
-        return Stand(device, card.name, card.key, card.usable_bytes)
-    live = probe(_first_visible())
+        return Stand(device, f"simulated {card.name}", card.key, card.usable_bytes)
+    try:
+        live = probe(_first_visible())
+    except NoDriverError:
+        raise NoDriverError(
+            "no NVIDIA driver answered on this machine; run the campaign on one with a GPU, or try "
+            "it here with --device simulated --out FILE"
+        ) from None
     try:
         known: str | None = find_gpu(live.name).key
     except UnknownGpuError:

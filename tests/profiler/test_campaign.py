@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.campaign import cases_in_budget
+from estimator.nvml import LiveGpu
 from estimator.record import Run, append, read
 from profiler import campaign, turns
 from profiler.campaign import main, seconds
@@ -310,6 +311,7 @@ def test_the_list_and_the_dry_run_start_nothing(out, acts, capsys):
         (["everything"], "invalid choice"),
         (["validation", "--budget", "soon"], "no length of time"),
         (["validation", "--jobs", "0"], "no number above 0"),
+        (["validation", "--steps", "1"], "fewer than 3"),
         (["validation", "--device", "simulated"], "name a file with --out"),
         (
             ["validation", "--device", "simulated", "--out", str(MEASUREMENTS / "h100.jsonl")],
@@ -327,6 +329,29 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, words, caps
     assert code == 2
     assert words in printed
     assert printed.count("\n") == 1
+
+
+def test_a_machine_without_a_gpu_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr("estimator.nvml.shutil.which", lambda _: None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert main(["constants"], measure=STUB) == 2
+    assert "--device simulated" in capsys.readouterr().err
+
+
+def test_a_card_that_others_use_is_told(out, acts, monkeypatch, capsys):
+    live = LiveGpu("NVIDIA H100 80GB HBM3", 80 * 2**30, 70 * 2**30, 10 * 2**30, "580.1")
+    monkeypatch.setattr("profiler.results.probe", lambda _: live)
+    acts[:] = ["runs"]
+    assert main(["validation", "--out", str(out)], measure=STUB) == 0
+    assert "other processes hold 10.0 GiB" in capsys.readouterr().err
+
+
+def test_the_file_of_a_card_has_its_id_and_the_software_in_its_name(monkeypatch):
+    monkeypatch.setattr(
+        "profiler.results.version", {"torch": "2.11.0+cu130", "transformers": "5.17.0"}.get
+    )
+    name = Stand("cuda", "NVIDIA H100 80GB HBM3", "h100-80gb-sxm").file_name()
+    assert name == "h100-80gb-sxm--torch-2.11-transformers-5.17.jsonl"
 
 
 def test_simulated_records_stay_out_of_measurements_in_any_checkout(tmp_path, capsys):
