@@ -145,9 +145,10 @@ def _measured_range(measured: str | int) -> Range:
         number = digits[: len(digits) - len(digits.lstrip("0123456789."))]
         decimals = len(number.partition(".")[2])
         half = round(parse_size(f"1{digits[len(number) :]}") / 10**decimals / 2)
-    if not MiB <= size <= 2**60:
+    if not MiB <= size <= MAX_MEASURED:
         raise _refusal("measured", f"{measured} is {size} bytes; write a unit, such as 19.4GiB")
     return Range(max(0, size - half), size, size + half)
 
 
 MAX_SIZE_CHARACTERS: Final = 40
+MAX_MEASURED: Final = 2**60

@@ -95,12 +95,13 @@ def parse_message(text: str) -> OomMessage:
 
 # -- torch -------------------------------------------------------------------------------------
 
-_SIZE: Final = r"(\d+(?:\.\d+)?) ?(bytes|KiB|MiB|GiB)"
+# Bounded, so that a text of digits alone takes no longer than another.
+_SIZE: Final = r"(\d{1,15}(?:\.\d{1,4})?) ?(bytes|KiB|MiB|GiB)"
 _UNITS: Final[dict[str, int]] = {"bytes": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB}
 _OPENING: Final = re.compile(rf"(?:CUDA|HIP) out of memory\. Tried to allocate {_SIZE}")
 # Of older torch behind the opening, in brackets; of newer torch as sentences.
 _AFTER: Final = 1_500
-_DEVICE: Final = re.compile(r"\bGPU (\d+)\b")
+_DEVICE: Final = re.compile(r"\bGPU (\d{1,4})\b")
 _WORDINGS: Final[dict[str, re.Pattern[str]]] = {
     "total_bytes": re.compile(rf"{_SIZE} total capacity|has a total capaci?ty of {_SIZE}"),
     "free_bytes": re.compile(rf"{_SIZE} free;|of which ?{_SIZE} is free"),
@@ -117,8 +118,8 @@ _WORDINGS: Final[dict[str, re.Pattern[str]]] = {
 _PROCESS: Final = re.compile(rf"Process \d+ has {_SIZE} memory in use")
 # torch also warns, with whole numbers.
 _EXACT: Final = re.compile(
-    r"memory allocation failed with OOM on device (\d+) while trying to allocate (\d+) bytes "
-    r"\(free: (\d+), total: (\d+)\)"
+    r"memory allocation failed with OOM on device (\d{1,4}) while trying to allocate "
+    r"(\d{1,15}) bytes \(free: (\d{1,15}), total: (\d{1,15})\)"
 )
 
 
@@ -186,7 +187,7 @@ def _warning(text: str) -> OomMessage | None:
 # -- other libraries ---------------------------------------------------------------------------
 
 _OPS: Final = re.compile(r"Error out of memory at line \d+ in file \S*?csrc/?\\?\S*")
-_NCCL_SIZE: Final = re.compile(r"Failed to CUDA \w+(?: \w+)? (\d+) bytes")
+_NCCL_SIZE: Final = re.compile(r"Failed to CUDA \w+(?: \w+)? (\d{1,15}) bytes")
 
 
 def _bitsandbytes(text: str) -> OomMessage | None:
@@ -215,7 +216,7 @@ def _runtime(text: str) -> OomMessage | None:
 
 # -- nvidia-smi --------------------------------------------------------------------------------
 
-_USAGE: Final = re.compile(r"(\d+) ?MiB / (\d+) ?MiB")
+_USAGE: Final = re.compile(r"(\d{1,9}) ?MiB / (\d{1,9}) ?MiB")
 
 
 def _table(text: str) -> OomMessage | None:

@@ -16,17 +16,20 @@ from starlette.exceptions import HTTPException
 from estimator import __version__
 from estimator.catalog import find_gpu, gpus, models
 from estimator.errors import EstimatorError
+from estimator.measurement import parse_measurement
+from estimator.reconcile import Reconciliation
 from estimator.render.document import to_json
 from estimator.request import parse_request
 from estimator.result import Result
 from web import problems
-from web.door import answer
+from web.door import answer, explain
 from web.listing import GpuList, ModelList, gpu_list, model_list
 from web.settings import Settings
 from web.shield import Metrics
 
 MAX_LISTED: Final = 1000
 REQUEST_SCHEMA: Final = "#/components/schemas/EstimateRequest"
+MEASUREMENT_SCHEMA: Final = "#/components/schemas/Measurement"
 # How much of a body that is too large is read and thrown away. A server that answers and hangs
 # up in the middle of an upload resets the connection, and the client never sees the answer.
 _MAX_DISCARDED_BYTES: Final = 64 * 1024 * 1024
@@ -46,7 +49,14 @@ class Health(Struct, frozen=True):
     status: str
 
 
-ANSWERS: Final[tuple[type[Struct], ...]] = (Result, ModelList, GpuList, Version, Health)
+ANSWERS: Final[tuple[type[Struct], ...]] = (
+    Result,
+    Reconciliation,
+    ModelList,
+    GpuList,
+    Version,
+    Health,
+)
 """The documents that the routes answer with."""
 
 
@@ -68,6 +78,11 @@ def documented(answer: type[Struct], *statuses: int) -> dict[int | str, dict[str
     return {200: success, **refusals}
 
 
+def _body_of(schema: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": schema}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def router(settings: Settings, metrics: Metrics) -> APIRouter:
     """Return the routes of the API."""
     routes = APIRouter()
@@ -76,12 +91,7 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
         "/v1/estimate",
         summary="Estimate one run",
         responses=documented(Result, 400, 404, 413, 415, 422, 500, 501),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"$ref": REQUEST_SCHEMA}}},
-            }
-        },
+        openapi_extra=_body_of(REQUEST_SCHEMA),
     )
     async def post_estimate(request: Request) -> Response:
         """Answer whether the run fits, with every row at the peak. The same body always gets the
@@ -93,6 +103,24 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
             return to_json(answer(parse_request(body), metrics=metrics, door="api"))
 
         # A recipe seen for the first time takes a fraction of a second: others must not wait.
+        content = await run_in_threadpool(content_for)
+        return Response(content, media_type="application/json", headers={"ETag": _etag(content)})
+
+    @routes.post(
+        "/v1/reconcile",
+        summary="Explain a measurement or an out-of-memory message",
+        responses=documented(Reconciliation, 400, 404, 413, 415, 422, 500, 501),
+        openapi_extra=_body_of(MEASUREMENT_SCHEMA),
+    )
+    async def post_reconcile(request: Request) -> Response:
+        """Answer which changes of the request would give the number that was measured, and which
+        tensor would ask for the size that a message names."""
+        _require_json(request)
+        body = await _body(request, settings.max_body_bytes)
+
+        def content_for() -> bytes:
+            return to_json(explain(parse_measurement(body), metrics=metrics, door="api"))
+
         content = await run_in_threadpool(content_for)
         return Response(content, media_type="application/json", headers={"ETag": _etag(content)})
 

@@ -11,12 +11,15 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
+from estimator.measurement import MAX_MEASURED, MAX_SIZE_CHARACTERS, METERS
+from estimator.oom_message import MAX_MESSAGE_CHARACTERS
 from estimator.request import (
     CHECKPOINTING_ALIASES,
     METHOD_ALIASES,
     SHORT_FORMS,
     EstimateRequest,
 )
+from estimator.units import MiB
 from web import problems
 from web.api import ANSWERS
 from web.templates import render
@@ -87,9 +90,29 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         request = request_schema()
         components.update(request.pop("$defs"))
         components["EstimateRequest"] = request
+        components["Measurement"] = _measurement_schema()
         components["Problem"] = _PROBLEM
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _measurement_schema() -> dict[str, Any]:
+    """Return the schema of the document that asks about a measurement."""
+    nothing = {"type": "null"}
+    size = {"type": "integer", "minimum": MiB, "maximum": MAX_MEASURED}
+    written = {"type": "string", "minLength": 1, "maxLength": MAX_SIZE_CHARACTERS}
+    message = {"type": "string", "maxLength": MAX_MESSAGE_CHARACTERS}
+    return {
+        "type": "object",
+        "description": "What was measured: a number with a request, or a message.",
+        "additionalProperties": False,
+        "properties": {
+            "request": {"anyOf": [{"$ref": _REF.format(name="EstimateRequest")}, nothing]},
+            "measured": {"anyOf": [written, size, nothing]},
+            "meter": {"enum": [*METERS, None]},
+            "message": {"anyOf": [message, nothing]},
+        },
+    }
 
 
 def request_schema() -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from estimator.catalog import Access
 from estimator.errors import EstimatorError, InvalidRequestError
+from estimator.measurement import Measurement
+from estimator.reconcile import Reconciliation
 from estimator.request import EstimateRequest
 from estimator.result import Result
-from estimator.service import estimate
+from estimator.service import estimate, reconcile
 from web.shield import Metrics
 
 
@@ -27,6 +29,21 @@ def answer(request: EstimateRequest, *, metrics: Metrics, door: str) -> Result:
         raise
     metrics.verdicts.labels(door, result.verdict).inc()
     return result
+
+
+def explain(asked: Measurement, *, metrics: Metrics, door: str) -> Reconciliation:
+    """Return what would explain a measurement that came over HTTP, under the same limits.
+
+    Raises:
+        EstimatorError: the measurement or its request is refused.
+    """
+    try:
+        if asked.request is not None:
+            _refuse_this_machine(asked.request)
+        return reconcile(asked, access=Access.CATALOGUE)
+    except EstimatorError as error:
+        metrics.refusals.labels(door, error.slug).inc()
+        raise
 
 
 def _refuse_this_machine(request: EstimateRequest) -> None:

@@ -10,15 +10,17 @@ from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
+from msgspec.structs import replace
 from starlette.exceptions import HTTPException
 
 from estimator.catalog import find_gpu
-from estimator.errors import EstimatorError, UnknownGpuError
-from estimator.request import parse_request
+from estimator.errors import EstimatorError, InvalidRequestError, UnknownGpuError
+from estimator.measurement import METERS, parse_measurement
+from estimator.request import EstimateRequest, parse_request
 from estimator.result import Result, Suggestion
 from web import form, plotly_bundle, problems
 from web.chart import peak_chart, timeline_chart, waterfall_bars
-from web.door import answer
+from web.door import answer, explain
 from web.listing import gpu_list, model_list
 from web.shield import Metrics
 from web.templates import render
@@ -115,14 +117,17 @@ def _view(pairs: Pairs, metrics: Metrics) -> tuple[dict[str, Any], int]:
         "request_json": None,
         "examples": {label: form.write(document) for label, document in EXAMPLES.items()},
     }
+    everything = pairs
+    pairs = [(name, value) for name, value in pairs if name not in MEASURED]
     if not any(name in ("model", form.CONFIG) and value.strip() for name, value in pairs):
-        return view, 200
+        return {**view, **_measured(everything, None, metrics)}, 200
     try:
         document = form.read(pairs)
-        result = answer(parse_request(document), metrics=metrics, door="page")
+        request = parse_request(document)
+        result = answer(request, metrics=metrics, door="page")
     except EstimatorError as error:
         problem = problems.of_estimator(error)
-        return {**view, "problem": problem}, problem.status
+        return {**view, **_measured([], None, metrics), "problem": problem}, problem.status
     shown = {
         "result": result,
         "peak": peak_chart(result),
@@ -132,7 +137,43 @@ def _view(pairs: Pairs, metrics: Metrics) -> tuple[dict[str, Any], int]:
         "command": form.command(pairs),
         "request_json": json.dumps(document, indent=2),
     }
-    return {**view, **shown}, 200
+    return {**view, **shown, **_measured(everything, request, metrics)}, 200
+
+
+# What the box below the answer asks about; all other names of an address are the form's.
+MEASURED: Final = ("measured", "meter", "oom")
+# A message is part of an address too: the one sentence of torch has about 700 characters.
+MAX_MESSAGE: Final = 4_000
+
+
+def _measured(pairs: Pairs, request: EstimateRequest | None, metrics: Metrics) -> dict[str, Any]:
+    """Return what the box below the answer shows: its own fields, and what they get."""
+    given = {name: value.strip() for name, value in pairs if name in MEASURED and value.strip()}
+    view: dict[str, Any] = {
+        "box": given,
+        "kept": [(name, value) for name, value in pairs if name not in MEASURED and value.strip()],
+        "meters": METERS,
+        "max_message": MAX_MESSAGE,
+        "reconciled": None,
+        "box_problem": None,
+    }
+    if not given.keys() & {"measured", "oom"}:
+        return view
+    try:
+        if len(given.get("oom", "")) > MAX_MESSAGE:
+            raise InvalidRequestError(
+                f"message: longer than {MAX_MESSAGE} characters; paste the one sentence, or send "
+                "all of it to POST /v1/reconcile"
+            )
+        document = {
+            "measured": given.get("measured"),
+            "meter": given.get("meter"),
+            "message": given.get("oom"),
+        }
+        asked = replace(parse_measurement(document), request=request)
+        return {**view, "reconciled": explain(asked, metrics=metrics, door="page")}
+    except EstimatorError as error:
+        return {**view, "box_problem": problems.of_estimator(error)}
 
 
 def _suggestions(pairs: Pairs, result: Result) -> tuple[tuple[Suggestion, str], ...]:

@@ -9,7 +9,8 @@ from typing import Any, Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from estimator import __version__
-from estimator.units import gib
+from estimator.render.reconcile import signed
+from estimator.units import gib, printed
 from web.chart import component_label
 
 _FOLDER: Final = Path(__file__).parent / "templates"
@@ -25,6 +26,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["gib"] = gib
+    environment.filters["signed"] = signed
+    environment.filters["printed"] = printed
     environment.filters["component"] = component_label
     environment.globals["version"] = __version__
     return environment

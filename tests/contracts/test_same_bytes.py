@@ -13,7 +13,7 @@ from estimator.catalog import Access
 from estimator.commands import run
 from estimator.render.document import to_json
 from estimator.request import parse_request
-from estimator.service import estimate
+from estimator.service import estimate, reconcile
 from web.app import create_app
 
 # Each request as a document, and as the flags that say the same.
@@ -99,3 +99,28 @@ def test_the_same_request_gets_the_same_bytes_through_every_door(
     assert from_stdin == from_python
     assert from_http == from_python
     assert json.loads(from_python)["schema"] == "estimate/v1"
+
+
+MEASUREMENT = {
+    "request": REQUESTS["lora"][0],
+    "measured": "31.5GiB",
+    "meter": "nvidia-smi",
+    "message": "CUDA out of memory. Tried to allocate 2.32 GiB (GPU 0; 23.69 GiB total capacity; "
+    "20.00 GiB already allocated; 1.10 GiB free; 21.50 GiB reserved in total by PyTorch)",
+}
+
+
+def test_the_same_measurement_gets_the_same_bytes_through_every_door(client, monkeypatch, tmp_path):
+    from_python = to_json(reconcile(MEASUREMENT, access=Access.CATALOGUE))
+
+    message = tmp_path / "error.txt"
+    message.write_text(MEASUREMENT["message"])
+    from_flags = printed(
+        monkeypatch, "reconcile", *shlex.split(REQUESTS["lora"][1]), "--measured", "31.5GiB",
+        "--meter", "nvidia-smi", "--oom", str(message), "--offline", "--json",
+    )  # fmt: skip
+    from_http = client.post("/v1/reconcile", json=MEASUREMENT).content
+
+    assert from_flags == from_python
+    assert from_http == from_python
+    assert json.loads(from_python)["schema"] == "reconcile/v1"

@@ -24,7 +24,8 @@ def document(client):
 def test_the_document_is_openapi_3_1_and_names_every_route(document):
     assert document["openapi"].startswith("3.1")
     assert set(document["paths"]) == {
-        "/v1/estimate", "/v1/models", "/v1/gpus", "/v1/version", "/healthz", "/readyz",
+        "/v1/estimate", "/v1/reconcile", "/v1/models", "/v1/gpus", "/v1/version", "/healthz",
+        "/readyz",
     }  # fmt: skip
 
 
@@ -49,6 +50,16 @@ def test_the_document_describes_the_request_and_the_result_as_they_are(client, d
     assert validator_for(request).is_valid(RUN)
     result = {**schemas, "$ref": "#/components/schemas/Result"}
     validator_for(result).validate(client.post("/v1/estimate", json=RUN).json())
+
+
+def test_the_document_describes_a_measurement_and_what_explains_it_as_they_are(client, document):
+    schemas = {"components": document["components"]}
+    asked = {"request": RUN, "measured": "19.4GiB", "meter": "reserved"}
+    measurement = {**schemas, "$ref": "#/components/schemas/Measurement"}
+    assert validator_for(measurement).is_valid(asked)
+    assert not validator_for(measurement).is_valid({**asked, "meter": "volt"})
+    result = {**schemas, "$ref": "#/components/schemas/Reconciliation"}
+    validator_for(result).validate(client.post("/v1/reconcile", json=asked).json())
 
 
 def test_every_refusal_of_the_core_has_a_page_behind_its_type(client):

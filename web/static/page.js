@@ -22,7 +22,15 @@ function query() {
     .filter((field) => !field.closest("[hidden]"))
     .filter((field) => field.value.trim() !== "" && field.value !== field.dataset.default)
     .map((field) => [field.name, field.value]);
-  return new URLSearchParams(pairs).toString();
+  return new URLSearchParams([...pairs, ...measured()]).toString();
+}
+
+/** What was measured is no field of the run: it stays in the address while the run changes. */
+function measured() {
+  const given = new URLSearchParams(location.search);
+  return ["measured", "meter", "oom"]
+    .filter((name) => given.get(name))
+    .map((name) => [name, given.get(name)]);
 }
 
 /** Writes an address's query into the form. */
