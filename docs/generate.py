@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -35,6 +36,7 @@ from estimator.techniques.optimizers import OPTIMIZERS
 
 DOCS: Final = ROOT / "docs"
 README: Final = ROOT / "README.md"
+RECONCILE: Final = DOCS / "reconcile.md"
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +56,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "sources.md", _sources()
     yield DOCS / "techniques.md", techniques.page()
     yield DOCS / "models.md", _models()
-    yield README, _readme(_read(README))
+    yield README, _filled(README, SECTIONS)
+    yield RECONCILE, _filled(RECONCILE, EXPLAINED)
 
 
 def _read(path: Path) -> str:
@@ -130,12 +133,13 @@ the last column: the count was also found printed elsewhere and agrees, its part
 # -- README.md ---------------------------------------------------------------------------------
 
 
-def _readme(text: str) -> str:
-    """Return the README with its generated parts written again between their markers."""
-    for name, part in SECTIONS.items():
+def _filled(path: Path, sections: dict[str, Callable[[], str]]) -> str:
+    """Return a page with its generated parts written again between their markers."""
+    text = _read(path)
+    for name, part in sections.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise SystemExit(f"README.md needs the markers of {name!r} once")
+            raise SystemExit(f"{path.name} needs the markers of {name!r} once")
         head, _, rest = text.partition(begin)
         text = f"{head}{begin}{part()}{end}{rest.partition(end)[2]}"
     return text
@@ -183,6 +187,28 @@ def _supported() -> str:
         f"[docs/models.md](docs/models.md)): {listed}.\n\n"
         f"{table(('field of the request', 'answered', 'refused by name for now'), rows)}"
     )
+
+
+# -- reconcile.md ------------------------------------------------------------------------------
+
+
+def _explained(command: str) -> str:
+    """Return what a command of the page prints, without its last lists."""
+    text = _command("reconcile", "--offline", *shlex.split(command))
+    return f"{text.partition('Not tried')[0].rstrip()}\n```\n"
+
+
+_EXAMPLES: Final = f"{ROOT}/examples"
+EXPLAINED: Final[dict[str, Callable[[], str]]] = {
+    "measurement": lambda: _explained(
+        f"--request {_EXAMPLES}/qlora_measured.json --measured 19.25GiB"
+    ),
+    "message": lambda: _explained(
+        "--model mistralai/Mistral-7B-v0.1 --optimizer adamw_torch --seq-len 4096 "
+        "--activation-checkpointing full --attention flash_attention_2 --framework-version 4.45 "
+        f"--oom {_EXAMPLES}/out_of_memory.txt"
+    ),
+}
 
 
 ASKED: Final = (

@@ -163,7 +163,7 @@ def _elsewhere(message: OomMessage, tried: int) -> Iterator[Finding]:
             "fragmentation", kept,
             f"the allocator held {printed(kept)} in pieces that no tensor used, and "
             f"{printed(free)} were free: in one piece they would have held the {printed(tried)}",
-            "set PYTORCH_ALLOC_CONF=expandable_segments:True (before torch 2.9: "
+            "set PYTORCH_ALLOC_CONF=expandable_segments:True (older torch: "
             "PYTORCH_CUDA_ALLOC_CONF), or pad batches to one length",
         )  # fmt: skip
     others = _of_others(message)

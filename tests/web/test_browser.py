@@ -7,7 +7,7 @@ request that leaves this machine.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
@@ -17,6 +17,12 @@ axe_api = pytest.importorskip("axe_playwright_python.sync_playwright", reason="a
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")
 
 STATE = "/?model=meta-llama%2FLlama-3.1-8B&gpu=rtx-4090&method=qlora"
+MESSAGE = (
+    "CUDA out of memory. Tried to allocate 150.00 MiB. GPU 0 has a total capacity of 3.80 GiB of "
+    "which 130.31 MiB is free. Of the allocated memory 3.52 GiB is allocated by PyTorch, and 53.87 "
+    "MiB is reserved by PyTorch but unallocated."
+)
+MEASURED = f"{STATE}&measured=30GiB&oom={quote(MESSAGE)}"
 VIOLATIONS = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => {
@@ -172,7 +178,7 @@ def test_the_toolbar_with_its_upload_button_is_not_there(open_page):
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
-@pytest.mark.parametrize("path", ["/", STATE, "/docs"])
+@pytest.mark.parametrize("path", ["/", STATE, MEASURED, "/docs"])
 def test_no_width_makes_the_page_scroll_sideways(open_page, width, path):
     page = open_page(path, viewport={"width": width, "height": 740})
     if path == STATE:
@@ -202,7 +208,8 @@ def test_the_page_answers_without_javascript(open_page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(
-    "path", ["/", STATE, "/?model=llama-3.1-8b&gpu=t4", "/docs", "/problems/unknown-model"]
+    "path",
+    ["/", STATE, MEASURED, "/?model=llama-3.1-8b&gpu=t4", "/docs", "/problems/unknown-model"],
 )
 def test_axe_finds_nothing_serious(open_page, path, scheme):
     # axe runs as a script of the page, which the policy rightly refuses.
@@ -228,6 +235,19 @@ def serious_faults(page):
         for item in found
         if item["impact"] in ("serious", "critical")
     }
+
+
+def test_a_measurement_is_explained_and_stays_while_the_run_changes(open_page):
+    page = open_page()
+    page.fill("#measured", "30GiB")
+    page.select_option("#meter", "reserved")
+    page.click("#measurement button")
+    page.wait_for_selector("#hypotheses")
+    explained = page.inner_text("#explained")
+    assert explained.startswith("Measured 30.00 GiB (reserved)")
+    changed_verdict(page, lambda: page.fill("#seq-len", "1024"))
+    assert parse_qs(urlsplit(page.url).query)["measured"] == ["30GiB"]
+    assert page.inner_text("#explained") != explained
 
 
 def test_what_a_visitor_types_never_runs(open_page):
