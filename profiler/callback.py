@@ -125,7 +125,7 @@ class MemoryPreflight(TrainerCallback):  # type: ignore[misc]  # transformers is
                 model=live["model"],
                 optimizer=live["optimizer"],
                 dataloader=live["train_dataloader"],
-                tokenizer=live["processing_class"],
+                tokenizer=live.get("processing_class"),
                 micro_batch_size=state.train_batch_size or args.per_device_train_batch_size,
             )
             self._meter = self._given_meter or device.meter_of(run.model)

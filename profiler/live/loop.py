@@ -139,9 +139,11 @@ def kernels_and_loss(
     if args.use_liger_kernel:
         kernels.append("liger")
         settings = dict(args.liger_kernel_config or {})
-        fused = settings.pop("fused_linear_cross_entropy", not settings.pop("cross_entropy", False))
-        if settings:
-            findings.unknown.append(f"liger_kernel_config with {', '.join(sorted(settings))}")
+        fused = settings.pop("fused_linear_cross_entropy", True)
+        # Liger's own defaults: everything but its plain cross entropy.
+        others = [name for name, on in settings.items() if on != (name != "cross_entropy")]
+        if others:
+            findings.unknown.append(f"liger_kernel_config with {', '.join(sorted(others))}")
         if fused and not chunked:
             loss = "fused_linear"
     if args.torch_compile:

@@ -395,10 +395,13 @@ def test_the_compiled_and_fused_kernels_have_their_words(tmp_path):
     args.torch_compile = False
     args.use_liger_kernel = True
     assert loop.kernels_and_loss(args, stack, Findings()) == (["liger"], "fused_linear")
-    args.liger_kernel_config = {"fused_linear_cross_entropy": False, "rope": False}
+    args.liger_kernel_config = {"fused_linear_cross_entropy": False, "rope": True}
     findings = Findings()
     assert loop.kernels_and_loss(args, stack, findings) == (["liger"], "standard")
-    assert findings.unknown == ["liger_kernel_config with rope"]
+    assert findings.unknown == []
+    args.liger_kernel_config = {"cross_entropy": True, "rope": False, "rms_norm": True}
+    loop.kernels_and_loss(args, stack, findings)
+    assert findings.unknown == ["liger_kernel_config with cross_entropy, rope"]
 
 
 @pytest.mark.parametrize(
