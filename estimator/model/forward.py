@@ -41,6 +41,7 @@ class Settings(Struct, frozen=True):
         neftune: noise is added to what the embeddings have looked up.
         compiled: torch.compile has compiled the model as a whole.
         cuda_graphs: the compiled graphs are recorded, in a pool of memory of their own.
+        repeats_heads: keys and values are written out for every query head before SDPA.
     """
 
     attention: str = "sdpa"
@@ -54,6 +55,7 @@ class Settings(Struct, frozen=True):
     neftune: bool = False
     compiled: bool = False
     cuda_graphs: bool = False
+    repeats_heads: bool = False
 
     @property
     def is_flash(self) -> bool:
@@ -456,6 +458,11 @@ class Forward:
             return out
         if self.settings.attention == "flex_attention":
             return attention.flex(q, k, v, heads)
+        if self.settings.repeats_heads and not (
+            self.settings.is_flash or self.spec.broadcasts_keys
+        ):
+            k, v = (attention.repeat_heads(each, heads) for each in (k, v))
+            heads = attention.Heads(heads.query, heads.query, heads.width)
         if self.settings.kernel is not None:
             return self._chosen(self.settings.kernel, q, k, v, mask, heads, p)
         if mask is not None and heads.groups > 1 and self.spec.broadcasts_keys:

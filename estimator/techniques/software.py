@@ -50,6 +50,7 @@ class SoftwareProfile(Struct, frozen=True):
         clips: the loop clips gradients where `max_grad_norm` says so.
         keeps_outputs: the loop holds the logits until backward has ended.
         asks_inputs: checkpointed layers make the embeddings' output want a gradient.
+        repeats_heads: keys and values are written out for every query head before SDPA.
     """
 
     loss: str
@@ -61,6 +62,7 @@ class SoftwareProfile(Struct, frozen=True):
     clips: bool = True
     keeps_outputs: bool = False
     asks_inputs: bool = True
+    repeats_heads: bool = False
 
 
 _OLD_ATTENTION: Final = (
@@ -80,12 +82,17 @@ _TORCHTUNE: Final = Described(
 # transformers 4.45.2 and 4.48.1: modeling_utils.py, gradient_checkpointing_enable begins with
 # `gradient_checkpointing_kwargs = {"use_reentrant": True}`.
 # transformers: "5" holds from 4.49 on, "4" for 4.46 to 4.48, "4.45" for it and what came before.
+# 4.45.2, models/llama/modeling_llama.py, LlamaSdpaAttention, and 4.48.1 to 4.53.3,
+# integrations/sdpa_attention.py: repeat_kv before SDPA, mask or not; 4.54.0 has use_gqa_in_sdpa.
+# So of 4.49 to 4.53 "5" holds but for grouped heads with SDPA.
 # The first version of a framework is the one that is meant when none is named.
 PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
     "transformers": {
         "5": SoftwareProfile("transformers-5"),
-        "4": SoftwareProfile("transformers-4", reentrant=True),
-        "4.45": SoftwareProfile("transformers-4.45", (_OLD_ATTENTION,), reentrant=True),
+        "4": SoftwareProfile("transformers-4", reentrant=True, repeats_heads=True),
+        "4.45": SoftwareProfile(
+            "transformers-4.45", (_OLD_ATTENTION,), reentrant=True, repeats_heads=True
+        ),
     },
     # SFTTrainer trains transformers' models; its loss and other defaults are in `request.py`.
     # Read at each tag: 1.3 holds for 1.3 to 1.5, 0.27 for 0.27 to 1.2 (trainer/base_config.py from
@@ -183,5 +190,6 @@ class Software(Struct, frozen=True):
             reentrant=self.profile.reentrant,
             keeps_outputs=self.profile.keeps_outputs,
             asks_inputs=self.profile.asks_inputs,
+            settings=replace(run.settings, repeats_heads=self.profile.repeats_heads),
         )
         return self.profile.formats(run) if self.profile.formats is not None else run

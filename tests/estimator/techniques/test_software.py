@@ -75,3 +75,25 @@ def test_adapters_beside_some_of_query_key_and_value_are_answered(targets, atten
         }
     )
     assert result.peak.allocated_bytes.expected > 2 * 6_738_415_616
+
+
+def _after_forward(version: str, **settings: str) -> int:
+    request = {"model": "meta-llama/Llama-3.1-8B", "seq_len": 1024, **settings}
+    timeline = estimate({**request, "software": {"version": version}}).timeline
+    return next(each.bytes for each in timeline if each.moment == "forward: final_norm")
+
+
+# transformers 4.48.1, integrations/sdpa_attention.py, writes keys and values out for all 32 heads
+# where 4.54.0 hands 8 to SDPA: 24 heads more of width 128, two tensors, two bytes, 1024 tokens.
+REPEATED = 32 * (24 * 128 * 2 * 2 * 1024)
+
+
+@pytest.mark.parametrize("version", ["4", "4.45"])
+def test_older_versions_keep_keys_and_values_of_every_query_head_for_sdpa(version):
+    assert _after_forward(version) - _after_forward("5") == REPEATED
+
+
+@pytest.mark.parametrize("version", ["4", "4.45"])
+def test_flash_attention_takes_grouped_heads_in_every_version(version):
+    settings = {"attention": "flash_attention_2"}
+    assert _after_forward(version, **settings) == _after_forward("5", **settings)
