@@ -14,6 +14,8 @@ from profiler import matrices
 from profiler.levers import ANCHORS, LEVERS, anchor, impossible_pairs, request
 from profiler.matrices import Case, canonical, cases, needed, needed_by_tensors, validation_rows
 from profiler.pairwise import Pairs
+from profiler.probes import PROBES
+from profiler.real_run import refuse_stand_ins
 
 GPU = "h100-80gb-sxm5"
 OPTIONAL = {"bitsandbytes", "trl", "liger_kernel", "cut_cross_entropy"}
@@ -96,6 +98,22 @@ def test_the_first_constants_are_of_every_kind():
     assert kinds == [
         "context", "cublas_workspace", "attention_backward", "embedding_backward", "request",
     ]  # fmt: skip
+
+
+def test_probes_are_asked_what_they_take(everything):
+    for case in cases("constants"):
+        if case.probe is not None:
+            defaults = PROBES[case.probe].defaults
+            assert set(case.arguments) <= set(defaults), case.name
+            for name, value in case.arguments.items():
+                assert type(value) is type(defaults[name]), case.name
+
+
+def test_no_case_asks_for_what_a_measurement_only_has_a_stand_in_for(everything):
+    for matrix in ("constants", "validation", "out-of-memory"):
+        for case in cases(matrix, GPU):
+            if case.request is not None:
+                refuse_stand_ins(parse_request(dict(case.request)))
 
 
 def test_switches_of_kernels_are_looked_at_from_both_sides():
