@@ -43,8 +43,8 @@ def fake_run(
     progress(0.0, "building the model")
     with (
         warnings.catch_warnings(),
-        eager_transformers(),
         quantized.quiet_imports(),
+        eager_transformers(),
         contextlib.ExitStack() as patches,
     ):
         # The stack's warnings are about code that is not the user's.

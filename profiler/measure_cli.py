@@ -57,7 +57,11 @@ _FILE: Final = click.Path(path_type=Path, dir_okay=False)
         click.Option(
             ["--snapshot"], type=_FILE, help="Write the allocator's history, a .pickle.gz file."
         ),
-        click.Option(["--lock"], type=_FILE, help="Hold this file while the device is used."),
+        click.Option(
+            ["--lock"],
+            type=_FILE,
+            help="Hold the lock of this file from before the device is used to the end.",
+        ),
         click.Option(["--group"], default="single", help="The campaign that the record is of."),
         click.Option(["--id", "record_id"], help="Of the record; made up when it is not given."),
         click.Option(
@@ -141,11 +145,13 @@ def summary(run: Run, predicted: Result | None) -> str:
         "reserved": run.peak.reserved_bytes,
         "device used": run.peak.device_used_bytes,
     }
-    lines += [_line(name, size, expected.get(name)) for name, size in found.items()]
+    through = run.outcome == "ok"
+    lines += [_line(name, size, expected.get(name), through) for name, size in found.items()]
     lines += ["", "allocated at the highest point of each phase"]
     moments = _moments(predicted)
     lines += [
-        _line(each.phase, each.peak.allocated_bytes, moments.get(each.phase)) for each in run.phases
+        _line(each.phase, each.peak.allocated_bytes, moments.get(each.phase), through)
+        for each in run.phases
     ]
     if run.idle_bytes is not None:
         lines += ["", f"before the first tensor: {gib(run.idle_bytes)}"]
@@ -178,7 +184,12 @@ def _moments(predicted: Result | None) -> dict[str, int]:
     return found
 
 
-def _line(name: str, measured: int | None, predicted: int | None) -> str:
+def _line(name: str, measured: int | None, predicted: int | None, through: bool) -> str:
+    """Return one meter; what a run that ran out of memory read is no peak to compare with."""
     cells = [gib(size) if size is not None else "-" for size in (measured, predicted)]
-    share = f"{predicted / measured - 1:+.2%}" if measured and predicted is not None else "-"
+    share = (
+        f"{predicted / measured - 1:+.2%}"
+        if through and measured and predicted is not None
+        else "-"
+    )
     return f"{name:22} {cells[0]:>14} {cells[1]:>14} {share:>11}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from msgspec.structs import replace
 
@@ -22,6 +20,9 @@ from profiler.measure import MIN_STEPS
 
 _MAX_REASON: Final = 400
 
+# Open files whose locks this process holds.
+_held: Final[list[IO[str]]] = []
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -31,7 +32,8 @@ class Options:
         steps: optimizer steps to run.
         limit_bytes: what the allocator may hold; None for the whole device.
         snapshot: where torch's history of allocations goes.
-        lock: held while the device is used, so that the next process can prepare meanwhile.
+        lock: held from before the device is used until the process ends; the next process can
+            prepare meanwhile.
         id: of the record; None makes one.
         group: the campaign that the record belongs to.
     """
@@ -66,7 +68,8 @@ def measure(
     gauge = Gauge(device)
     outcome: Outcome = "ok"
     reason = None
-    with device.prepared(request, config) as train, locked(options.lock):
+    with device.prepared(request, config) as train:
+        hold_lock(options.lock)
         try:
             device.open(options.limit_bytes)
             if options.snapshot is not None:
@@ -107,18 +110,19 @@ def refusal(error: Exception) -> EstimatorError:
     )
 
 
-@contextlib.contextmanager
-def locked(path: Path | None) -> Iterator[None]:
-    """Hold a file's exclusive lock, after waiting for whoever holds it; None locks nothing."""
+def hold_lock(path: Path | None) -> None:
+    """Take a file's exclusive lock, after waiting for whoever holds it; None takes none.
+
+    It is held until this process ends: only then is all of its device memory free again.
+    """
     if path is None:
-        yield
         return
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    file = path.open("a")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    _held.append(file)
 
 
 def one_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ Each probe runs in a process of its own, as a request does: much of what it look
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from estimator.errors import EstimatorError, InvalidRequestError, MissingDependencyError
@@ -16,7 +16,7 @@ from estimator.units import round_up
 from profiler.bench import Bench
 from profiler.device import Device, Simulated
 from profiler.gauge import Gauge
-from profiler.measurement import Options, locked, measure, now, one_line
+from profiler.measurement import Options, hold_lock, measure, now, one_line
 
 Arguments = dict[str, Any]
 Values = dict[str, int]
@@ -276,10 +276,10 @@ def _values(name: str, asked: Arguments, device: Device, options: Options) -> Va
     import torch
 
     torch.manual_seed(0)
-    with locked(options.lock):
-        device.open(options.limit_bytes)
-        with device.bench() as bench:
-            return PROBES[name].values(bench, asked)
+    hold_lock(options.lock)
+    device.open(options.limit_bytes)
+    with device.bench() as bench:
+        return PROBES[name].values(bench, asked)
 
 
 def _context(asked: Arguments, device: Device, options: Options) -> Values:
@@ -297,10 +297,9 @@ def _context(asked: Arguments, device: Device, options: Options) -> Values:
         "vocab_size": 32_000,
     }
     request = parse_request({"model": {"config": config}, "seq_len": asked["seq_len"]})
-    with locked(options.lock):
-        run = measure(request, config, device, replace(options, lock=None))
-        after = Gauge(device)
-        after.close()
+    run = measure(request, config, device, options)
+    after = Gauge(device)
+    after.close()
     used, held = after.peak.device_used_bytes, after.peak.reserved_bytes
     if run.outcome != "ok":
         raise RuntimeError(f"the step did not run: {run.reason}")

@@ -85,14 +85,19 @@ def parts(parameter: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Keep torchao, which PEFT asks about every layer, from listing the kernels it lacks here."""
-    log = logging.getLogger("torchao")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Keep torchao, which PEFT asks about every layer, from listing the kernels it lacks here.
+
+    Nor does torch tell anybody what torchao registers twice.
+    """
+    logs = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gzip
 import json
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ from click.testing import CliRunner
 
 from estimator.errors import MissingDependencyError, UnsupportedCombinationError
 from estimator.record import Run, read
+from estimator.request import EstimateRequest
 from estimator.service import requested_gpu
 from profiler import engine, measure_cli
 from profiler.device import Cuda, Simulated
 from profiler.measure import main
-from profiler.measurement import Options, measure
+from profiler.measurement import Options, hold_lock, measure
 from profiler.probes import PROBES, measured
 from tests.profiler.host import Host
 from tests.profiler.recipes import TINY, request
@@ -510,3 +514,50 @@ def test_a_run_that_ran_out_says_so_and_is_compared_as_far_as_it_went() -> None:
     text = measure_cli.summary(simulated(10_000_000), None)
     assert "0 steps, out of memory" in text.splitlines()[0]
     assert text.splitlines()[1].startswith("out of memory: tried to allocate")
+
+
+def test_the_lock_is_taken_between_the_preparation_and_the_device(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    states = []
+
+    def is_free() -> bool:
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    class Watching(Host):
+        @contextlib.contextmanager
+        def prepared(self, request: EstimateRequest, config: dict[str, Any]) -> Iterator[Any]:
+            with super().prepared(request, config) as train:
+                states.append(("prepared", is_free()))
+                yield train
+
+        def open(self, limit_bytes: int | None) -> None:
+            states.append(("opened", is_free()))
+
+    measure(request(WIDE, seq_len=32), WIDE, Watching(), Options(lock=lock))
+    assert states == [("prepared", True), ("opened", False)]
+
+
+def test_the_lock_is_held_until_the_process_ends(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    hold_lock(lock)
+    with lock.open("a") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_refusal_is_the_last_line_of_standard_error(tmp_path: Path) -> None:
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps({"model": {"config": {"model_type": "baichuan"}}}))
+    done = subprocess.run(
+        [sys.executable, "-m", "profiler.measure", str(path), "--device", "simulated"],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.splitlines()[-1].startswith("profiler.measure: transformers ")
