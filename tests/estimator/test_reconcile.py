@@ -1,6 +1,5 @@
 """A measurement is explained by the change that made it, and by none where none does."""
 
-import time
 from collections import Counter
 
 import pytest
@@ -30,9 +29,19 @@ def asked(request, size, meter="allocated"):
 # -- published rows ----------------------------------------------------------------------------
 
 
+ROWS = (
+    "fms-main-mistral7b-qlora-baseline-peft-bnb-bs4-1gpu",
+    "fms-main-mistral7b-qlora-baseline-peft-bnb-bs8-1gpu",
+    "fms-main-mistral7b-lora-none-bs4-1gpu",
+    "usamec-llama3.2-1b-fp32-adafactor",
+    "litgptRT-llama-2-7b-lora-mb1",
+)
+
+
 @pytest.fixture(scope="module")
 def published():
-    found = comparisons(answers(measured()).answered)
+    rows = [row for row in measured() if row.id in ROWS]
+    found = comparisons(answers(rows).answered)
     return {(each.run.row.id, each.meter): each for each in found}
 
 
@@ -84,17 +93,34 @@ def test_the_driver_s_number_taken_for_the_tensors_is_a_meter_confused(published
 
 # -- round trips -------------------------------------------------------------------------------
 
+# Small, so that each round trip is quick: what is kept of a recipe does not depend on the depth.
+SMALL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
 RECIPES = {
-    "qlora": QLORA,
+    "qlora": {
+        "model": {"config": SMALL},
+        "method": "qlora",
+        "seq_len": 2048,
+        "micro_batch_size": 2,
+        "activation_checkpointing": "full",
+    },
     "full": {
-        "model": "Qwen/Qwen2.5-1.5B",
+        "model": {"config": SMALL},
         "seq_len": 1024,
         "micro_batch_size": 4,
         "optimizer": "adamw_torch",
-        "hardware": {"gpu": "a100-80gb"},
     },
     "lora under autocast": {
-        "model": "meta-llama/Llama-3.2-1B",
+        "model": {"config": SMALL},
         "method": {"name": "lora", "lora_dropout": 0.05},
         "autocast": "bf16",
         "seq_len": 2048,
@@ -103,14 +129,15 @@ RECIPES = {
         "attention": "eager",
     },
 }
-LEVERS = [
-    (recipe, change.name)
-    for recipe, document in RECIPES.items()
+# Each lever once, with the first recipe that has it.
+LEVERS = {
+    change.name: recipe
+    for recipe, document in reversed(RECIPES.items())
     for change in changes(parse_request(document))
-]
+}
 
 
-@pytest.mark.parametrize(("recipe", "name"), LEVERS)
+@pytest.mark.parametrize(("name", "recipe"), LEVERS.items())
 def test_the_lever_that_was_moved_is_ranked_first(recipe, name):
     document = RECIPES[recipe]
     request = parse_request(document)
@@ -180,13 +207,6 @@ def test_the_terms_have_names_of_their_own():
     for document in RECIPES.values():
         names = Counter(each.name for each in asked(document, 24 * GiB).terms)
         assert max(names.values()) == 1
-
-
-def test_a_measurement_is_answered_in_about_a_second_of_work():
-    # A bound that only a wrong order of work breaks; docs/performance.md has the figures.
-    start = time.process_time()
-    asked(QLORA, 24 * GiB)
-    assert time.process_time() - start < 10
 
 
 # -- bad input ---------------------------------------------------------------------------------
