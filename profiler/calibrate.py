@@ -261,16 +261,20 @@ def _constants(measured: Sequence[Run], looked: Sequence[Probe]) -> Constants:
         and run.peak.device_used_bytes is not None
         and run.peak.reserved_bytes is not None
     ]
-    workspace = next(
-        (
-            probe.values["workspace_bytes"]
-            for probe in looked
-            if probe.outcome == "ok" and "workspace_bytes" in probe.values
-        ),
-        None,
-    )
+    beside += _values(looked, "context", "after_step")
+    # The first product of a process takes one workspace of cuBLAS.
+    workspace = next(iter(_values(looked, "cublas_workspace", "first_forward")), None)
     context = Range(min(beside), int(median(beside)), max(beside)) if beside else None
     return Constants(context, workspace)
+
+
+def _values(looked: Sequence[Probe], name: str, value: str) -> list[int]:
+    """Return what every probe of a name found."""
+    return [
+        probe.values[value]
+        for probe in looked
+        if probe.name == name and probe.outcome == "ok" and value in probe.values
+    ]
 
 
 # -- residuals ---------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_constants_and_spreads_come_from_the_records(tmp_path):
     ]
     probe = Probe(
         id="p", origin="simulated", group="test", name="cublas_workspace", arguments={},
-        outcome="ok", values={"workspace_bytes": 32 * MiB}, environment=PLACE,
+        outcome="ok", values={"first_forward": 32 * MiB}, environment=PLACE,
     )  # fmt: skip
     path = written(tmp_path, *runs, probe)
     (made,), left_out = calibrations([path], root=tmp_path, allow_simulated=True)
