@@ -117,10 +117,12 @@ class Constants(Struct, frozen=True):
 
     Args:
         context: CUDA context and loaded kernels after a training step.
+        idle_context: the same before the first tensor; the difference is the growth of modules.
         cublas_workspace: one workspace of cuBLAS.
     """
 
     context: Range | None = None
+    idle_context: Range | None = None
     cublas_workspace: int | None = None
 
 

@@ -264,8 +264,13 @@ def _constants(measured: Sequence[Run], looked: Sequence[Probe]) -> Constants:
     beside += _values(looked, "context", "after_step")
     # The first product of a process takes one workspace of cuBLAS.
     workspace = next(iter(_values(looked, "cublas_workspace", "first_forward")), None)
-    context = Range(min(beside), int(median(beside)), max(beside)) if beside else None
-    return Constants(context, workspace)
+    idle = [run.idle_bytes for run in measured if run.idle_bytes is not None]
+    idle += _values(looked, "context", "idle")
+    return Constants(_spanned(beside), _spanned(idle), workspace)
+
+
+def _spanned(values: Sequence[int]) -> Range | None:
+    return Range(min(values), int(median(values)), max(values)) if values else None
 
 
 def _values(looked: Sequence[Probe], name: str, value: str) -> list[int]:

@@ -67,7 +67,7 @@ H100 = file(
     "h100",
     "h100-80gb-sxm5",
     stratum(0.02),
-    constants=Constants(Range(500 * MiB, 600 * MiB, 800 * MiB), 32 * MiB),
+    constants=Constants(Range(500 * MiB, 600 * MiB, 800 * MiB), None, 32 * MiB),
 )
 
 

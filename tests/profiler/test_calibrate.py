@@ -148,6 +148,7 @@ def run(
             reserved_bytes=reserved,
             device_used_bytes=reserved + context,
         ),
+        idle_bytes=400 * MiB,
         environment=PLACE,
         **more,
     )
@@ -183,6 +184,7 @@ def test_constants_and_spreads_come_from_the_records(tmp_path):
         "9.0",
     )
     assert made.constants.context == Range(501 * MiB, 511 * MiB, 521 * MiB)
+    assert made.constants.idle_context == Range(400 * MiB, 400 * MiB, 400 * MiB)
     assert made.constants.cublas_workspace == 32 * MiB
     allocated = made.stratum("allocated", "full")
     assert allocated is not None

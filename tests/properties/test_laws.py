@@ -60,6 +60,24 @@ def ordered(each: Range) -> bool:
 
 
 @settings(**SETTINGS)
+@given(ANY, st.floats(0.5, 0.9999), st.floats(0.5, 0.9999))
+def test_more_confidence_never_narrows_a_range_and_never_makes_a_run_fit(document, one, other):
+    less, more = sorted((one, other))
+    # A card on the edge of what the less confident answer says.
+    first = answer({**document, "confidence": less})
+    if first is None:
+        return
+    hardware = {**document.get("hardware", {}), "memory_bytes": first.peak.needed_bytes.high}
+    sure = answer({**document, "confidence": more, "hardware": hardware})
+    assert sure is not None
+    for name in ("allocated_bytes", "reserved_bytes", "device_used_bytes", "needed_bytes"):
+        narrow, wide = getattr(first.peak, name), getattr(sure.peak, name)
+        assert wide.low <= narrow.low <= narrow.high <= wide.high
+    widened = sure.peak.needed_bytes.high > first.peak.needed_bytes.high
+    assert sure.verdict == ("tight" if widened else "fits")
+
+
+@settings(**SETTINGS)
 @given(ANY)
 def test_rows_sum_to_the_allocated_peak_and_ranges_are_ordered(document):
     result = answer(document)
