@@ -11,6 +11,7 @@ from benchmarks.accuracy import charts, ranges, records, rows, summary, traced, 
 from benchmarks.accuracy.comparison import Answers, answers, comparisons
 from benchmarks.accuracy.points import Point, published, recorded
 from benchmarks.accuracy.published import ROOT, measured, out_of_memory
+from benchmarks.peers import report as peers
 from estimator import calibration, calibration_file
 from estimator.record import Run, read, runs
 from profiler.calibrate import calibrations, residuals
@@ -98,6 +99,7 @@ def render(found: Findings) -> str:
         *rows.failed(found.failures),
         *ranges.sections(found.points, calibration_file.installed(), found.covered),
         "![Coverage on held-out sources](accuracy/coverage.svg)\n",
+        *peers.sections(comparisons(found.rows.answered)),
         *rows.measurements(comparisons(found.rows.answered)),
         *rows.inexpressible(found.rows),
     )
