@@ -9,7 +9,7 @@ from typing import Any, Final, get_args
 
 from benchmarks.accuracy.comparison import answers
 from benchmarks.accuracy.published import Row
-from benchmarks.accuracy.recipes import ALPACA, ALPACA_LONGEST, COPIES
+from benchmarks.accuracy.recipes import ALPACA, COPIES, longest_of_alpaca
 from benchmarks.peers.case import CannotExpressError, Case, Precision, Sharding
 from estimator.catalog import models
 
@@ -121,7 +121,7 @@ def _fused(row: Row, config: Mapping[str, Any]) -> int | None:
 def seq_len(row: Row) -> int | None:
     """Return the length: its field, or the longest sample of the source's data set."""
     if row.seq_len is None and (row.seq_mode or "").startswith(ALPACA):
-        return ALPACA_LONGEST
+        return longest_of_alpaca(row)
     return row.seq_len
 
 

@@ -21,14 +21,15 @@ SCORED = grouped(published(FOUND))
 
 # Lowered when an answer gets better, never raised to let a change pass. Device used of fms-main was
 # 0.042 and 0.126 before its four runs of FOAK over quantized weights could be asked for, whose
-# allocator keeps twice what is estimated; no answer to another run had changed.
+# allocator keeps twice what is estimated; no answer to another run had changed. Those of the
+# tutorials of torchtune were 0.052 and 0.212 for batches of 1304 tokens, which it cut to 512.
 MEDIAN_BOUNDS = {
     ("fms-main", "allocated"): 0.0005,
     ("fms-main", "device used"): 0.0625,
     ("litgpt-resource-tables", "allocated"): 0.003,
     ("lomo-paper", "allocated"): 0.016,
     ("torchao-docs", "allocated"): 0.024,
-    ("torchtune-docs-tutorials", "reserved"): 0.052,
+    ("torchtune-docs-tutorials", "reserved"): 0.061,
     ("torchtune-readme-llama2-2024", "reserved"): 0.060,
     ("usamec", "device used"): 0.069,
 }
@@ -38,7 +39,7 @@ WORST_BOUNDS = {
     ("litgpt-resource-tables", "allocated"): 0.015,
     ("lomo-paper", "allocated"): 0.016,
     ("torchao-docs", "allocated"): 0.043,
-    ("torchtune-docs-tutorials", "reserved"): 0.212,
+    ("torchtune-docs-tutorials", "reserved"): 0.369,
     ("torchtune-readme-llama2-2024", "reserved"): 0.212,
     ("usamec", "device used"): 0.224,
 }
