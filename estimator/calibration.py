@@ -6,12 +6,22 @@ measures yet is a prior from upstream sources, and an assumption that the result
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final
 
 from msgspec import Struct
 
-from estimator.calibration_file import Chosen, Quantity, Stratum, Traits, choose
+from estimator.calibration_file import (
+    Calibration,
+    Chosen,
+    Quantity,
+    Stratum,
+    Traits,
+    chosen,
+    installed,
+)
 from estimator.result import Promise, Promises, Range
 from estimator.sources import Assumption, Cite
 from estimator.units import GiB, KiB, MiB
@@ -54,6 +64,35 @@ _CONSUMER: Final = _context(
     "CUDA context with lazily loaded kernels: 0.45 GiB, give or take 0.15, and 0.1 to 0.25 GiB "
     "more as kernels load during training; not measured on this card yet",
 )  # fmt: skip
+
+
+_in_use: tuple[Calibration, ...] | None = None
+
+
+@contextlib.contextmanager
+def using(*calibrations: Calibration) -> Iterator[None]:
+    """Answer from these calibrations instead of the installed ones while the block lasts."""
+    global _in_use
+    before, _in_use = _in_use, calibrations
+    forget()
+    try:
+        yield
+    finally:
+        _in_use = before
+        forget()
+
+
+def forget() -> None:
+    """Read the calibration files anew with the next answer."""
+    for cached in (installed, choose, ranges):
+        cached.cache_clear()
+
+
+@lru_cache(maxsize=256)
+def choose(gpu: str | None, compute_capability: str) -> Chosen:
+    """Return the calibrations in use that speak about a card."""
+    known = installed() if _in_use is None else _in_use
+    return chosen(known, gpu, compute_capability)
 
 
 KIN: Final = 1.5

@@ -210,12 +210,6 @@ class Chosen(Struct, frozen=True):
     published: Calibration | None = None
 
 
-@lru_cache(maxsize=256)
-def choose(gpu: str | None, compute_capability: str) -> Chosen:
-    """Return the installed calibrations that speak about a card."""
-    return chosen(installed(), gpu, compute_capability)
-
-
 def chosen(calibrations: Iterable[Calibration], gpu: str | None, compute_capability: str) -> Chosen:
     """Return those of some calibrations that speak about a card; of equals the last."""
     own = kin = published = None

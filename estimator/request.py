@@ -161,8 +161,9 @@ class Hardware(Section, frozen=True):
 class Software(Section, frozen=True):
     """The training stack; bytes depend on it.
 
-    Of transformers, version 5 holds from 4.49 on, 4 for 4.46 to 4.48, 4.45 for that and older
-    ones. A framework named without a version means the newest that is known here.
+    Of transformers, version 5 holds from 4.54 on, and from 4.49 on where every query head has a
+    key head of its own; 4 for 4.46 to 4.48, 4.45 for that and older ones. A framework named
+    without a version means the newest that is known here.
     """
 
     framework: Literal["transformers", "trl", "litgpt", "torchtune"] = "transformers"

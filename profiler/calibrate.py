@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log
 from pathlib import Path
 from statistics import median
 from typing import Final
 
-from estimator.calibration import device_constants
+from msgspec.structs import replace
+
+from estimator.calibration import using
 from estimator.calibration_file import (
     Calibration,
     Constants,
@@ -35,10 +37,10 @@ from estimator.calibration_file import (
 )
 from estimator.catalog import Access
 from estimator.errors import EstimatorError, InvalidCalibrationError
-from estimator.pipeline import answer, engine_for
+from estimator.pipeline import answer, device_of, engine_for
 from estimator.record import Probe, Record, Run, probes, read, runs
 from estimator.request import parse_request
-from estimator.result import Range, ResultRow
+from estimator.result import Range
 from estimator.service import model_config, requested_gpu
 
 QUANTITIES: Final[tuple[Quantity, ...]] = ("allocated", "reserved", "device used", "needed")
@@ -78,10 +80,9 @@ class Residual:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the analytic engine expects of a record's run, before any calibration [bytes].
+    """What the analytic engine expects of a record's run [bytes].
 
     Args:
-        outside: device memory beside the reserved, without the CUDA context.
         needed: of the allocator, with room to give its cached blocks back.
     """
 
@@ -89,7 +90,7 @@ class Expected:
     family: str
     allocated: int
     reserved: int
-    outside: int
+    device_used: int
     needed: int
 
 
@@ -160,34 +161,32 @@ def _calibration(
 ) -> tuple[Calibration, tuple[str, ...]]:
     everything = [record for _, record in records]
     usable = [run for run in runs(everything) if run.outcome != "error"]
-    expected, left_out = _expected(usable, progress)
-    constants = _constants([run for run in usable if run.id in expected], probes(everything))
-    residuals = _residuals(usable, expected, constants)
-    if not residuals:
-        raise InvalidCalibrationError(
-            f"no run of {' '.join(key)} has a meter and an answer; nothing to calibrate"
-        )
     inputs = Counter(path for path, _ in records)
     place = everything[0].environment
     published = key[0] == "published"
-    return (
-        Calibration(
-            schema="calibration/v1",
-            name="any--published" if published else _name(key),
-            origin=everything[0].origin,
-            gpu=None if published else key[1],
-            compute_capability=None if published else place.compute_capability,
-            stack={} if published else {"torch": key[2], "transformers": key[3]},
-            made_from=tuple(
-                Input(path.relative_to(root).as_posix(), _hash(path), count)
-                for path, count in sorted(inputs.items())
-            ),
-            constants=constants,
-            strata=strata(residuals),
-            held_out=held_out(residuals),
+    bare = Calibration(
+        schema="calibration/v1",
+        name="any--published" if published else _name(key),
+        origin=everything[0].origin,
+        gpu=None if published else key[1],
+        compute_capability=None if published else place.compute_capability,
+        stack={} if published else {"torch": key[2], "transformers": key[3]},
+        made_from=tuple(
+            Input(path.relative_to(root).as_posix(), _hash(path), count)
+            for path, count in sorted(inputs.items())
         ),
-        left_out,
+        constants=_constants(usable, probes(everything)),
+        strata=(),
+        held_out=(),
     )
+    # What is expected are the answers that this file will give, whatever is installed now.
+    with using(bare):
+        found, left_out = _residuals(usable, progress)
+    if not found:
+        raise InvalidCalibrationError(
+            f"no run of {' '.join(key)} has a meter and an answer; nothing to calibrate"
+        )
+    return replace(bare, strata=strata(found), held_out=held_out(found)), left_out
 
 
 def _name(key: tuple[str, ...]) -> str:
@@ -228,21 +227,15 @@ def expected(run: Run) -> Expected:
     gpu = requested_gpu(request)
     result = answer(request, model.config, model.id, gpu)
     engine = engine_for(request, model.config, model.id)
-    peak = result.peak
-    # Cached blocks give way, so that what is needed is read off the tensors alone.
-    context = _row(result.outside, "CUDA context and loaded kernels")
+    peak, context = result.peak, device_of(gpu, request).constants.context.expected
     return Expected(
         traits=engine.recipe,
         family=str(model.config.get("model_type", model.id)),
         allocated=peak.allocated_bytes.expected,
         reserved=peak.reserved_bytes.expected,
-        outside=peak.device_used_bytes.expected - peak.reserved_bytes.expected - context,
+        device_used=peak.device_used_bytes.expected,
         needed=peak.needed_bytes.expected - context,
     )
-
-
-def _row(rows: Iterable[ResultRow], name: str) -> int:
-    return next(row.bytes for row in rows if row.name == name)
 
 
 # -- device constants --------------------------------------------------------------------------
@@ -286,40 +279,32 @@ def _values(looked: Sequence[Probe], name: str, value: str) -> list[int]:
 
 
 def residuals(measured: Sequence[Run]) -> list[Residual]:
-    """Return the residuals of records that have an answer, the context of the device unmeasured."""
+    """Return the residuals of the records that have an answer, nothing of a device measured."""
     usable = [run for run in measured if run.outcome != "error"]
-    return _residuals(usable, _expected(usable, lambda share, text: None)[0], Constants())
+    with using():
+        return _residuals(usable, lambda share, text: None)[0]
 
 
 def _residuals(
-    measured: Sequence[Run], expected: Mapping[str, Expected], constants: Constants
-) -> list[Residual]:
+    measured: Sequence[Run], progress: PROGRESS
+) -> tuple[list[Residual], tuple[str, ...]]:
+    expected, left_out = _expected(measured, progress)
     found: list[Residual] = []
     for run in measured:
         if run.id in expected and run.outcome == "ok" and run.limit_bytes is None:
-            found += _of_run(run, expected[run.id], constants)
-    return [*found, *_of_sweeps(measured, expected)]
+            found += _of_run(run, expected[run.id])
+    return [*found, *_of_sweeps(measured, expected)], left_out
 
 
-def _of_run(run: Run, expected: Expected, constants: Constants) -> Iterator[Residual]:
-    context = constants.context.expected if constants.context is not None else _prior_context(run)
+def _of_run(run: Run, expected: Expected) -> Iterator[Residual]:
     pairs: tuple[tuple[Quantity, int | None, int], ...] = (
         ("allocated", run.peak.allocated_bytes, expected.allocated),
         ("reserved", run.peak.reserved_bytes, expected.reserved),
-        (
-            "device used",
-            run.peak.device_used_bytes,
-            expected.reserved + expected.outside + context,
-        ),
+        ("device used", run.peak.device_used_bytes, expected.device_used),
     )
     for quantity, value, against in pairs:
         if value is not None:
             yield _residual(run, quantity, value / against, expected)
-
-
-def _prior_context(run: Run) -> int:
-    gpu = requested_gpu(parse_request(dict(run.request)))
-    return device_constants(gpu.compute_capability if gpu else "").context.expected
 
 
 def _residual(run: Run, quantity: Quantity, ratio: float, expected: Expected) -> Residual:

@@ -62,8 +62,7 @@ def calibrate() -> None:
     made, _ = calibrations(record_files(), root=ROOT)
     for each in made:
         write(each, CALIBRATION)
-    for cached in (calibration_file.installed, calibration_file.choose, calibration.ranges):
-        cached.cache_clear()
+    calibration.forget()
 
 
 def findings() -> Findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +14,9 @@ from estimator import calibration, calibration_file
 from estimator.calibration import KIN, NEEDED, UNMEASURED, WIDER, Part, Spread, Work
 from estimator.calibration_file import (
     Calibration,
-    Chosen,
     Constants,
     Stratum,
     Traits,
-    chosen,
     installed,
     read,
 )
@@ -72,16 +71,10 @@ H100 = file(
 
 
 @pytest.fixture
-def two_files(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Install a file of published runs and one of an H100, instead of those of the project."""
-
-    def choose(gpu: str | None, compute_capability: str) -> Chosen:
-        return chosen((H100, PUBLISHED), gpu, compute_capability)
-
-    monkeypatch.setattr(calibration, "choose", choose)
-    calibration.ranges.cache_clear()
-    yield
-    calibration.ranges.cache_clear()
+def two_files() -> Iterator[None]:
+    """Use a file of published runs and one of an H100, instead of those of the project."""
+    with calibration.using(H100, PUBLISHED):
+        yield
 
 
 def spread_of(traits: Traits, gpu: str | None, capability: str, work: Work = WORK) -> float:

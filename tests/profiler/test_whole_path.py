@@ -9,13 +9,14 @@ import pytest
 
 from benchmarks.accuracy import summary, verdicts
 from benchmarks.accuracy.points import Point, recorded
-from estimator.calibration_file import Calibration, chosen
+from estimator.calibration import using
+from estimator.calibration_file import Calibration, chosen, encode
 from estimator.catalog import find_gpu
 from estimator.record import append, read, runs
 from estimator.request import parse_request
 from profiler.calibrate import calibrations
 from profiler.device import Simulated
-from profiler.measure import Options, measure
+from profiler.measurement import Options, measure
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4,
@@ -77,6 +78,19 @@ def test_the_context_is_that_of_the_card(made):
 def test_the_card_it_was_made_for_gets_it(made):
     assert chosen([made], GPU, "9.0").own is made
     assert chosen([made], "h200-141gb-sxm", "9.0").kin is made
+
+
+def test_what_is_installed_changes_nothing_about_what_is_computed(records, made):
+    with using(made):
+        (again,), _ = calibrations([records], root=records.parent, allow_simulated=True)
+    assert encode(again) == encode(made)
+
+
+def test_with_it_the_ranges_hold_the_runs_it_was_made_from(records, made):
+    with using(made):
+        points = recorded(runs(read(records)))
+    assert all(point.inside for point in points)
+    assert max(point.width for point in points if point.meter == "allocated") < 0.05
 
 
 def test_the_page_counts_the_records(records):
