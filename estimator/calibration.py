@@ -163,8 +163,11 @@ class Part(Struct, frozen=True):
 
     def at(self, work: Work) -> float:
         """Return the spread at one micro-batch and length; it never shrinks with either."""
-        beyond = self.stratum.beyond(work.tokens, work.seq_len)
-        return self.spread * (1 + WIDER * (self.steps + beyond))
+        return self.spread * self.widening(work)
+
+    def widening(self, work: Work) -> float:
+        """Return the factor on the spread for what no measured run had."""
+        return 1 + WIDER * (self.steps + self.stratum.beyond(work.tokens, work.seq_len))
 
 
 class Spread(Struct, frozen=True):
@@ -191,14 +194,14 @@ class Spread(Struct, frozen=True):
         beyond = widest.stratum.beyond(work.tokens, work.seq_len)
         longer = (f"{2**beyond:.1f} times more tokens",) if beyond else ()
         outside = (*widest.outside, *longer)
-        spread, rows, groups = widest.at(work), widest.stratum.rows, len(widest.stratum.groups)
+        spread, widening = widest.at(work), widest.widening(work)
+        rows, groups = widest.stratum.rows, len(widest.stratum.groups)
         reason = f"{self.quantity}: within {spread:.1%}, from {rows} {widest.origin}"
         reason = f"{reason} in {groups} group{'s' if groups > 1 else ''}"
         if outside:
-            widened = spread / widest.spread - 1
-            reason = f"{reason}; {widened:.0%} wider than measured, because none had "
+            reason = f"{reason}; {widening - 1:.0%} wider than measured, because none had "
             reason += ", ".join(outside)
-        return Promise(self.quantity, spread, rows, groups, outside, spread / widest.spread, reason)
+        return Promise(self.quantity, spread, rows, groups, outside, widening, reason)
 
 
 class Ranges(Struct, frozen=True):
