@@ -148,7 +148,7 @@ def summary(run: Run, predicted: Result | None) -> str:
     through = run.outcome == "ok"
     lines += [_line(name, size, expected.get(name), through) for name, size in found.items()]
     lines += ["", "allocated at the highest point of each phase"]
-    moments = _moments(predicted)
+    moments = _moments(predicted, {each.phase for each in run.phases})
     lines += [
         _line(each.phase, each.peak.allocated_bytes, moments.get(each.phase), through)
         for each in run.phases
@@ -172,14 +172,14 @@ def _expected(predicted: Result | None) -> dict[str, int]:
     }
 
 
-def _moments(predicted: Result | None) -> dict[str, int]:
+def _moments(predicted: Result | None, seen: set[str]) -> dict[str, int]:
     """Return the predicted phases; a measured backward holds what backward does of the loss."""
     from profiler.comparison import by_phase
 
     if predicted is None:
         return {}
     found = by_phase(predicted)
-    if "loss backward" in found:
+    if "loss backward" in found and "loss backward" not in seen:
         found["backward"] = max(found["loss backward"], found.get("backward", 0))
     return found
 
