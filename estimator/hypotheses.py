@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from estimator.request import EstimateRequest, convert_request
 from estimator.techniques.methods.lora import Lora
+from estimator.techniques.methods.partial import Partial
 from estimator.techniques.quantizations.four_bit import FourBitQuantization
 from estimator.techniques.software import PROFILES
 
@@ -292,9 +293,23 @@ def _adapters(request: EstimateRequest) -> Iterator[Change]:
     )  # fmt: skip
 
 
+def _others(request: EstimateRequest) -> Iterator[Change]:
+    method = request.method
+    if isinstance(method, Partial):
+        freeze = not method.freeze_others
+        yield Change(
+            "others frozen" if freeze else "others not frozen",
+            "what the optimizer does not have is frozen"
+            if freeze
+            else "what the optimizer does not have is not frozen, and keeps its gradients",
+            {"/method/freeze_others": freeze},
+            "often",
+        )
+
+
 _NARROW: Final = ("q_proj", "v_proj")
 
 _TOPICS: Final[tuple[Callable[[EstimateRequest], Iterator[Change]], ...]] = (
     _loop, _batch, _recomputation, _attention, _precision, _optimizer, _software, _loss,
-    _quantization, _adapters,
+    _quantization, _adapters, _others,
 )  # fmt: skip

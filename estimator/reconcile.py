@@ -82,7 +82,7 @@ class Reconciliation(Struct, frozen=True, kw_only=True):
 
 NOT_TRIED: Final = (
     "what loading the model, evaluating, saving and generating hold: no estimate has their peaks",
-    "gradients of parameters that the optimizer does not know, which nobody frees",
+    "gradients of parameters that the optimizer does not know, unless the method is partial",
     "tensors that the training script itself keeps: metrics, losses that are not detached",
 )
 _JUDGEMENT: Final = (

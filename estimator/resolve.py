@@ -101,7 +101,7 @@ def _refuse_scaled_halves(run: Run) -> None:
     Source: torch-amp, GradScaler._unscale_grads_; accelerate, Accelerator.backward.
     """
     for _, weight, _ in run.spec.tensors():
-        if weight.trainable and weight.dtype.is_half:
+        if weight.trained and weight.dtype.is_half:
             raise UnsupportedCombinationError(
                 f"fp16 autocast scales the loss, and torch's GradScaler refuses to unscale the "
                 f"{weight.dtype.label} gradients of {weight.dtype.label} weights; train fp32 "
@@ -278,6 +278,16 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
             request.method.precisions is not None
             and request.precision not in request.method.precisions
         ),
+        # Its hooks are on every weight that requires a gradient.
+        f"optimizer {optimizer.name!r} with method.freeze_others=false": (
+            request.method.leaves_gradients and OPTIMIZERS[optimizer.name].fused_backward
+        ),
+        # It has one place for the gradient of each such weight, and updates them all.
+        "precision 'megatron_bf16' with method.freeze_others=false": (
+            request.method.leaves_gradients and request.precision == "megatron_bf16"
+        ),
+        # Its trainer clears the gradients of the whole model.
+        "method.freeze_others=false with software 'trl'": request.method.leaves_gradients and trl,
         **dict(cpu_offload.refusals(request)),
         "kernels 'unsloth' over fp4 weights, which it dequantizes otherwise than nf4,": (
             "unsloth" in request.kernels

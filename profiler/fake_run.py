@@ -18,7 +18,16 @@ from estimator.request import EstimateRequest
 from estimator.resolve import check_gpu
 from estimator.service import requested_gpu
 from estimator.techniques.execution import parse_checkpointing
-from profiler import attention, checkpointing, kernels, optimizers, quantized, stack, workload
+from profiler import (
+    attention,
+    checkpointing,
+    kernels,
+    methods,
+    optimizers,
+    quantized,
+    stack,
+    workload,
+)
 from profiler.cuda_semantics import cuda_semantics
 from profiler.eager_transformers import eager_transformers
 from profiler.engine import DryRun, Progress
@@ -79,7 +88,7 @@ def _run(
     model: Any, request: EstimateRequest, how: Shortening | None, progress: Progress
 ) -> DryRun:
     """Trace a model, and write out the layers that stand for others."""
-    parameters = stack.parameters(model, how)
+    parameters = stack.parameters(model, how, methods.updated(model, request))
     traced, managed = _traced(model, request, how, progress)
     progress(0.9, "writing out all layers")
     whole = unroll(traced, how) if how else traced

@@ -31,13 +31,24 @@ _NOT_CONFIGURATION: Final = frozenset(
 
 
 def _partial(model: Any, request: EstimateRequest) -> Any:
-    """Freeze the model but for the parameters that the request names.
+    """Freeze the model but for the parameters that the request names, unless others stay as is."""
+    method = request.method
+    assert isinstance(method, Partial)
+    if method.freeze_others:
+        chosen = _named(model, method)
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in chosen:
+                parameter.requires_grad_(True)
+    return model
+
+
+def _named(model: Any, method: Partial) -> set[str]:
+    """Return the names of the parameters that a request names.
 
     As LLaMA-Factory does it: by the names of parameters, with the number of the layer in them
     (model/adapter.py, _setup_freeze_tuning); norms by their class, biases by their name.
     """
-    method = request.method
-    assert isinstance(method, Partial)
     layers = stack.layers_path(model)
     first = stack.num_layers(model.config) - (method.last_layers or 0)
     inputs = set(map(id, model.get_input_embeddings().parameters()))
@@ -71,13 +82,26 @@ def _partial(model: Any, request: EstimateRequest) -> Any:
     whole = method.last_layers is not None and not any(
         is_named(name, parameters[name]) for name in inside
     )
-    model.requires_grad_(False)
-    for name, parameter in parameters.items():
-        if name in inside and method.last_layers is not None and inside[name] < first:
-            continue
-        if is_named(name, parameter) or (whole and name in inside):
-            parameter.requires_grad_(True)
-    return model
+
+    def is_left(name: str) -> bool:
+        return name in inside and method.last_layers is not None and inside[name] < first
+
+    return {
+        name
+        for name, parameter in parameters.items()
+        if not is_left(name) and (is_named(name, parameter) or (whole and name in inside))
+    }
+
+
+def updated(model: Any, request: EstimateRequest) -> list[tuple[str, Any]]:
+    """Return the names and parameters that the optimizer is given, in the model's order."""
+    trainable = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    method = request.method
+    if not isinstance(method, Partial) or method.freeze_others:
+        return trainable
+    every = dict(model.named_parameters(remove_duplicate=False))
+    chosen = {id(every[name]) for name in _named(model, method)}
+    return [(name, each) for name, each in trainable if id(each) in chosen]
 
 
 def _lisa(model: Any, request: EstimateRequest) -> Any:

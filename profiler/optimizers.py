@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from estimator.errors import InvalidRequestError, MissingDependencyError
+from estimator.errors import (
+    InvalidRequestError,
+    MissingDependencyError,
+    UnsupportedCombinationError,
+)
 from estimator.optimizer import Optimizer
 from estimator.request import EstimateRequest
 from estimator.techniques.optimizers.bitsandbytes import BITSANDBYTES
@@ -16,6 +20,7 @@ from profiler import (
     cpu_offload,
     low_rank,
     lowmem,
+    methods,
     real_optimizers,
     small_libraries,
     together,
@@ -35,7 +40,7 @@ _IMPLEMENTATIONS: Final = ("foreach", "fused", "single")
 
 
 def build(model: Any, request: EstimateRequest, *, fake: bool = True) -> Any:
-    """Return the optimizer over the trainable parameters, in the Trainer's two groups.
+    """Return the optimizer over the parameters that it is given, in the Trainer's two groups.
 
     Args:
         model: with its storage.
@@ -45,6 +50,8 @@ def build(model: Any, request: EstimateRequest, *, fake: bool = True) -> Any:
     Raises:
         InvalidRequestError: the optimizer, or the implementation of it, is not known.
         MissingDependencyError: bitsandbytes is needed and not installed.
+        UnsupportedCombinationError: the optimizer takes every weight that requires a gradient,
+            and shall not have all of them.
     """
     asked = request.optimizer
     if asked.name not in _BUILDERS:
@@ -54,7 +61,16 @@ def build(model: Any, request: EstimateRequest, *, fake: bool = True) -> Any:
     if not fake:
         build_one = real_optimizers.BUILDERS.get(asked.name, build_one)
     ratio = getattr(request.method, "loraplus_lr_ratio", None)
-    groups = parameter_groups(model) if ratio is None else _loraplus_groups(model, ratio)
+    groups = (
+        parameter_groups(model, methods.updated(model, request))
+        if ratio is None
+        else _loraplus_groups(model, ratio)
+    )
+    if request.method.leaves_gradients and asked.name in ("lomo", "adalomo"):
+        raise UnsupportedCombinationError(
+            f"optimizer {asked.name!r} updates every weight that requires a gradient; leave out "
+            "method.freeze_others=false"
+        )
     if asked.name in ("lomo", "adalomo"):
         return _lomo(model, groups, asked, fake=fake)
     if request.method.name == "badam":
@@ -69,17 +85,21 @@ def build(model: Any, request: EstimateRequest, *, fake: bool = True) -> Any:
     return build_one(model, groups, asked)
 
 
-def parameter_groups(model: Any) -> list[dict[str, Any]]:
-    """Return the parameters with and without weight decay, as `Trainer.create_optimizer` does."""
+def parameter_groups(model: Any, updated: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """Return the parameters with and without weight decay, as `Trainer.create_optimizer` does.
+
+    Args:
+        model: as it is trained.
+        updated: what the optimizer is given: names and parameters.
+    """
     import torch
     from transformers.trainer_pt_utils import get_parameter_names
 
     patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for name, p in trainable if name in decayed], "weight_decay": 0.0},
-        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in updated if name in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in updated if name not in decayed], "weight_decay": 0.0},
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Final
 
 from estimator.result import Parameters
@@ -60,22 +60,28 @@ def same_layers(whole: Sequence[Hashable], short: Any, how: Shortening) -> bool:
     return kinds(short) == tuple(how.selected(whole))
 
 
-def parameters(model: Any, how: Shortening | None) -> Parameters:
+def parameters(
+    model: Any, how: Shortening | None, updated: Iterable[tuple[str, Any]]
+) -> Parameters:
     """Count the parameters of the whole model from a model with a shortened stack.
 
     Tied tensors count once, and a packed 4-bit weight counts the elements that it stands for.
+
+    Args:
+        updated: what the optimizer is given: names and parameters.
     """
     path = layers_path(model)
+    given = {name for name, _ in updated}
     total = trainable = 0
     for name, tensor in model.named_parameters():
         count = tensor.numel() * (how.weight(name, path) if how else 1)
         total += count
-        trainable += count if tensor.requires_grad else 0
+        trainable += count if name in given else 0
     return Parameters(total=total, trainable=trainable, active=total)
 
 
 def trained(model: Any, how: Shortening | None) -> Counter[Any]:
-    """Count the trained tensors of the whole model by type."""
+    """Count the tensors of the whole model that get gradients, by type."""
     path = layers_path(model)
     found: Counter[Any] = Counter()
     for name, tensor in model.named_parameters():

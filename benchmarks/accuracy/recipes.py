@@ -296,10 +296,11 @@ LAYERS: Final = {"meta-llama/Llama-3.2-1B": 16, "meta-llama/Llama-3.1-8B": 32}
 def _lowmem(row: Row) -> dict[str, Any]:
     """usamec/lowmem_finetuning: two scripts with loops of their own over transformers' Llama.
 
-    Only the layers are given to the optimizer. The baseline keeps fp32 weights, holds the logits
-    through backward, and compiles the model, which is estimated as eager; the other script has
-    weights in bf16, no loss over logits, and an optimizer of its own inside backward. Autocast to
-    bf16 is on in both. Every row of a batch is padded to 160 tokens.
+    Only the layers are given to the optimizer. The baseline freezes nothing, keeps fp32 weights,
+    holds the logits through backward, and compiles the model, which is estimated as eager; the
+    other script freezes the embeddings and has weights in bf16, no loss over logits, and an
+    optimizer of its own inside backward. Autocast to bf16 is on in both, and no gradient is
+    clipped. Every row of a batch is padded to 160 tokens.
     """
     layers = {"name": "partial", "last_layers": LAYERS[row.model]}
     document: dict[str, Any] = {
@@ -321,8 +322,9 @@ def _lowmem(row: Row) -> dict[str, Any]:
     adam = {"name": "adam", "implementation": "foreach"}
     return {
         **document,
+        "method": {**layers, "freeze_others": False},
         "precision": "amp_bf16",
-        "loop": {"keep_outputs": True},
+        "loop": {"keep_outputs": True, "max_grad_norm": 0.0},
         "optimizer": adam if "Adam (" in (row.optimizer or "") else {"name": "lowmem_adafactor"},
     }
 

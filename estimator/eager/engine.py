@@ -160,7 +160,7 @@ def _accumulate(tape: Tape, param: Param, buffer: list[Tensor | None]) -> None:
 
     A gradient that is a part of a larger tensor does not lie as the parameter does, so it is
     written out anew. With the optimizer in backward, the parameter is updated here, and its
-    gradient dies.
+    gradient dies, unless the optimizer does not have the parameter.
 
     Source: torch-autograd, functions/accumulate_grad.h, AccumulateGrad::accumulateGrad, and
     functions/accumulate_grad.cpp, AccumulateGrad::apply for the hook;
@@ -176,6 +176,10 @@ def _accumulate(tape: Tape, param: Param, buffer: list[Tensor | None]) -> None:
     if _is_part(gradient[0]):
         shape, dtype = gradient[0].shape, gradient[0].dtype
         gradient = [tape.new(f"{param.name}.grad", shape, dtype, ENGINE, "gradients")]
+    if param.keeps_gradient:
+        if tape.first_step:
+            tape.kept[param] = gradient.pop()
+        return
     if tape.update is not None and param.held is None:
         tape.update.accumulate(tape, param, gradient)
     elif tape.gathers_gradients and param.held is None:

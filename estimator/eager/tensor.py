@@ -101,6 +101,7 @@ class Param(Struct, eq=False):
 
     Args:
         held: an activation that was made a leaf, which the graph keeps alive as its leaf.
+        keeps_gradient: no optimizer has it, so that its gradient is there from the first step on.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Param(Struct, eq=False):
     dtype: DType
     requires_grad: bool
     held: Tensor | None = None
+    keeps_gradient: bool = False
 
     def __hash__(self) -> int:
         return id(self)
@@ -263,6 +265,9 @@ class Tape:
         self.grads: dict[Param, Tensor] = {}
         self.batch: list[Tensor] = []
         self.grads_exist = False
+        # In the first step also the gradients are made that no optimizer clears ever after.
+        self.first_step = False
+        self.kept: dict[Param, Tensor] = {}
         # A compiled backward hands out all gradients when it ends; until then they are kept here.
         self.gathers_gradients = False
         self.results: list[Tensor] = []
@@ -415,6 +420,7 @@ class Tape:
     def drop_step(self) -> None:
         """Let go of the gradients and the batch that the step has left."""
         self.grads.clear()
+        self.kept.clear()
         self.batch.clear()
 
     # -- graph ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from estimator.memory.ledger import Entry, constant_row
-from estimator.memory.standing import step_gradients, trained_tensors
+from estimator.memory.standing import step_gradients, tensors_with_gradients
 from estimator.run import OptimizerChoice, Run
 from estimator.sources import Cite
 from estimator.techniques.optimizers.row import FP32, Trained
@@ -37,10 +37,15 @@ def clipping_entries(run: Run) -> tuple[Entry, ...]:
 
 
 def clipping_temporaries(run: Run) -> tuple[int, ...]:
-    """Return the sizes of what clipping allocates at its worst moment [bytes]."""
+    """Return the sizes of what clipping allocates at its worst moment [bytes].
+
+    The Trainer, and most loops, hand it the model's parameters and not the optimizer's.
+
+    Source: hf-trainer, Trainer._clip_grad_norm.
+    """
     if not run.clips:
         return ()
-    return worst_moment(_total_norm, (trained_tensors(run),), run.optimizer).worst
+    return worst_moment(_total_norm, (tensors_with_gradients(run),), run.optimizer).worst
 
 
 def _total_norm(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> None:

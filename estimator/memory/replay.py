@@ -85,13 +85,30 @@ def blocks(
     recording = record(run, regime)
     second = hessian_pass(run)
     passes = (recording, *([record(second, regime)] if second is not None else []))
+    first = _first_pass(run, regime) or recording
     try:
-        return _replayed(run, passes, _Replayer(recording, at, workspace, capacity, conditions))
+        return _replayed(
+            run, first, passes, _Replayer(recording, at, workspace, capacity, conditions)
+        )
     except OutOfMemory:
-        return _replayed(run, passes, _Replayer(recording, at, workspace, None, conditions))
+        return _replayed(run, first, passes, _Replayer(recording, at, workspace, None, conditions))
 
 
-def _replayed(run: Run, passes: tuple[Recording, ...], replayer: _Replayer) -> Blocks:
+def _first_pass(run: Run, regime: Regime) -> Recording | None:
+    """Return the first step, where it makes gradients that stay; they have numbers of their own."""
+    if not any(weight.keeps_gradient for _, weight, _ in run.spec.tensors()):
+        return None
+    found = record(run, regime, first_step=True)
+    log = tuple(
+        each._replace(events=tuple((-serial, kind) for serial, kind in each.events))
+        for each in found.log
+    )
+    return Recording(found.kinds, found.sites, log, found.kept)
+
+
+def _replayed(
+    run: Run, first: Recording, passes: tuple[Recording, ...], replayer: _Replayer
+) -> Blocks:
     replayer.load(size for _, size in loaded(run))
     kept = tuple(size for _, size in first_states(run))
     temporaries = step_temporaries(run)
@@ -101,7 +118,8 @@ def _replayed(run: Run, passes: tuple[Recording, ...], replayer: _Replayer) -> B
         replayer.at = at
         replayer.highest.clear()
         states = () if number else kept
-        for recording, prefix in zip(passes, ("", HESSIAN), strict=False):
+        these = passes if number else (first, *passes[1:])
+        for recording, prefix in zip(these, ("", HESSIAN), strict=False):
             replayer.of(recording, prefix)
             replayer.step()
             replayer.pass_through("gradient clipping", clipping)
@@ -123,7 +141,7 @@ def loaded(run: Run) -> Iterator[tuple[str, int]]:
     yield from ((name, size) for name, size in buffers if size > SMALL_REQUEST_BYTES)
     yield from (("moving average", size) for size in average_sizes(run))
     if run.accumulates:
-        yield from ((f"{name}.grad", each.bytes) for name, each in weights if each.trainable)
+        yield from ((f"{name}.grad", each.bytes) for name, each in weights if each.trained)
 
 
 def first_states(run: Run) -> Iterator[tuple[str, int]]:

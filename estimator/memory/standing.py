@@ -37,6 +37,7 @@ def standing(run: Run) -> Ledger:
         entries += _main_gradients(run)
     elif run.accumulates:
         entries += _gradients(run)
+    entries += _kept_gradients(run)
     if run.scales_loss:
         entries += _loss_scale()
     return Ledger(tuple(entries))
@@ -57,20 +58,25 @@ def site_of(run: Run, module: Module) -> str:
 
 def trained_tensors(run: Run) -> tuple[Trained, ...]:
     """Return what the optimizer updates."""
-    return _seen_by_the_optimizer(run, lambda weight: weight.trainable)
+    return _described(run, lambda weight: weight.trained)
+
+
+def tensors_with_gradients(run: Run) -> tuple[Trained, ...]:
+    """Return what has a gradient after backward, whether or not the optimizer has the weight."""
+    return _described(run, lambda weight: weight.trainable)
 
 
 def tensors_with_states(run: Run) -> tuple[Trained, ...]:
     """Return what the optimizer keeps states of: what it updates, or has updated before."""
-    return _seen_by_the_optimizer(run, lambda w: w.trainable or run.keeps_every_state)
+    return _described(run, lambda weight: weight.trained or run.keeps_every_state)
 
 
-def _seen_by_the_optimizer(run: Run, seen: Callable[[Weight], bool]) -> tuple[Trained, ...]:
+def _described(run: Run, chosen: Callable[[Weight], bool]) -> tuple[Trained, ...]:
     master, model = run.optimizer.master_weights, layout(run.spec)
     return tuple(
         trained(module, weight, count, master=master, layout=model)
         for module, weight, count in run.spec.tensors()
-        if seen(weight)
+        if chosen(weight)
     )
 
 
@@ -80,7 +86,7 @@ def _weights(run: Run) -> list[Entry]:
         name, site = f"{module.name}.{weight.name}", site_of(run, module)
         row = tensor_row(name, "weights", site, weight.shape, weight.dtype, weight.source)
         entries.append(Entry(row, count))
-        if run.optimizer.master_weights and weight.trainable and weight.dtype.is_half:
+        if run.optimizer.master_weights and weight.trained and weight.dtype.is_half:
             master = tensor_row(
                 f"{name}, fp32 master copy", "optimizer_states", site, weight.shape,
                 DType.FLOAT32, _MASTER,
@@ -140,7 +146,7 @@ def importance_sizes(run: Run) -> tuple[tuple[str, int, int], ...]:
     return tuple(
         (f"{module.name}.{weight.name}", weight.bytes, count)
         for module, weight, count in run.spec.tensors()
-        if weight.trainable and weight.name.startswith("lora_")
+        if weight.trained and weight.name.startswith("lora_")
     )
 
 
@@ -172,6 +178,15 @@ def managed_bytes(run: Run) -> int:
 
 
 def _gradients(run: Run) -> list[Entry]:
+    return _gradients_of(run, lambda weight: weight.trained)
+
+
+def _kept_gradients(run: Run) -> list[Entry]:
+    """Return the gradients that no optimizer clears: those of weights that none was given."""
+    return _gradients_of(run, lambda weight: weight.keeps_gradient)
+
+
+def _gradients_of(run: Run, chosen: Callable[[Weight], bool]) -> list[Entry]:
     return [
         Entry(
             tensor_row(
@@ -181,7 +196,7 @@ def _gradients(run: Run) -> list[Entry]:
             count,
         )
         for module, weight, count in run.spec.tensors()
-        if weight.trainable
+        if chosen(weight)
     ]  # fmt: skip
 
 
@@ -213,7 +228,7 @@ def _main_gradients(run: Run) -> list[Entry]:
             count,
         )
         for module, weight, count in run.spec.tensors()
-        if weight.trainable
+        if weight.trained
     ]  # fmt: skip
 
 
@@ -297,8 +312,8 @@ def _last_copy(run: Run) -> tuple[Entry, ...]:
     Source: megatron-optimizer, _copy_model_grads_to_main_grads.
     """
     copies = run.optimizer.master_weights and not run.optimizer.main_gradients
-    trainable = [weight for _, weight, _ in run.spec.tensors() if weight.trainable]
-    if not copies or not all(each.dtype.is_half for each in trainable):
+    updated = [weight for _, weight, _ in run.spec.tensors() if weight.trained]
+    if not copies or not all(each.dtype.is_half for each in updated):
         return ()
     tensors = trained_tensors(run)
     entries = [_main_gradient(each, each.count, half=not each.rows) for each in tensors]

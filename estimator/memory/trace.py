@@ -105,49 +105,58 @@ class Recording(Struct, frozen=True, dict=True):
         kinds: the kinds of tensor, by index.
         sites: the name of each site.
         log: what happens, in the order of time.
+        kept: the kinds of tensor that outlive the step itself.
     """
 
     kinds: tuple[TensorKind, ...]
     sites: tuple[str, ...]
     log: tuple[Section, ...]
+    kept: frozenset[int] = frozenset()
 
     @cached_property
     def left(self) -> tuple[int, ...]:
-        """Return the numbers of the tensors that outlive the log."""
-        alive: dict[int, None] = {}
+        """Return the numbers of the tensors that outlive the log, and not the step."""
+        alive: dict[int, int] = {}
         for section in self.log:
             for serial, kind in section.events:
                 if kind is None:
                     del alive[serial]
                 else:
-                    alive[serial] = None
-        return tuple(alive)
+                    alive[serial] = kind
+        return tuple(serial for serial, kind in alive.items() if kind not in self.kept)
 
 
-def record(run: Run, regime: Regime) -> Recording:
+def record(run: Run, regime: Regime, *, first_step: bool = False) -> Recording:
     """Return every birth and death of one step through all layers, in order.
 
     Only as many layers are run as it takes to know what the others do.
+
+    Args:
+        first_step: no gradient is there yet of those that the optimizer does not have.
     """
     cut = shorten(run.spec.pattern)
     if not cut.copies:
-        return record_layers(run, regime, run.spec.pattern)
-    short = record_layers(run, regime, cut.pattern)
+        return record_layers(run, regime, run.spec.pattern, first_step)
+    short = record_layers(run, regime, cut.pattern, first_step)
     try:
         log = unroll(short.log, [kind.size for kind in short.kinds], cut)
     except NotPeriodicError:
-        return record_layers(run, regime, run.spec.pattern)
-    return Recording(short.kinds, short.sites, log)
+        return record_layers(run, regime, run.spec.pattern, first_step)
+    return Recording(short.kinds, short.sites, log, short.kept)
 
 
-def record_layers(run: Run, regime: Regime, pattern: tuple[int, ...]) -> Recording:
+def record_layers(
+    run: Run, regime: Regime, pattern: tuple[int, ...], first_step: bool = False
+) -> Recording:
     """Run one step through the layers of a pattern."""
     kinds = tuple(run.spec.kinds[index] for index in pattern)
     tape = RecordingTape(run.autocast, regime)
+    tape.first_step = first_step
     _execute(run, tape, kinds)
     log = tape.sections()
+    kept = frozenset(each.storage.kind for each in tape.kept.values() if each.storage is not None)
     tape.drop_step()
-    return Recording(tuple(tape.kinds), site_names(run, kinds), log)
+    return Recording(tuple(tape.kinds), site_names(run, kinds), log, kept)
 
 
 def site_names(run: Run, kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:

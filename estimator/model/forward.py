@@ -132,7 +132,11 @@ class Forward:
         key = (site, name, weight.name)
         if key not in self._params:
             self._params[key] = Param(
-                f"{name}.{weight.name}", weight.shape, weight.dtype, weight.trainable
+                f"{name}.{weight.name}",
+                weight.shape,
+                weight.dtype,
+                weight.trainable,
+                keeps_gradient=weight.keeps_gradient,
             )
         return self._params[key]
 

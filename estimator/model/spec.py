@@ -25,6 +25,7 @@ class Weight(Struct, frozen=True, eq=False):
         shape: dimensions, none of which is the micro-batch or the length.
         dtype: how it is stored.
         trainable: whether it gets a gradient.
+        updated: whether the optimizer has it, if it gets one.
         stands_for: parameters it counts for; packed 4-bit weights stand for more than they hold.
     """
 
@@ -34,6 +35,17 @@ class Weight(Struct, frozen=True, eq=False):
     trainable: bool
     stands_for: int | None = None
     source: Cite = Cite("hf-modeling", "parameters of the model class")
+    updated: bool = True
+
+    @property
+    def trained(self) -> bool:
+        """Whether the optimizer updates it."""
+        return self.trainable and self.updated
+
+    @property
+    def keeps_gradient(self) -> bool:
+        """Whether it gets a gradient that no optimizer clears, and that is added to ever after."""
+        return self.trainable and not self.updated
 
     @property
     def parameters(self) -> int:
@@ -128,7 +140,9 @@ class Module(Struct, frozen=True, eq=False, kw_only=True):
     """A named part of the model; `dtype` is how it is stored.
 
     Args:
-        trainable_bias: the bias is trained, whether or not the rest is.
+        trainable: the weights get gradients.
+        trainable_bias: the bias gets one, whether or not the rest does.
+        updated, updated_bias: the same of what the optimizer is given, where it gets a gradient.
         keeps_original: this is a trained copy, and the frozen original stays beside it.
     """
 
@@ -136,11 +150,18 @@ class Module(Struct, frozen=True, eq=False, kw_only=True):
     dtype: DType = DType.FLOAT32
     trainable: bool = True
     trainable_bias: bool = False
+    updated: bool = True
+    updated_bias: bool = False
     keeps_original: bool = False
 
     def weights(self) -> tuple[Weight, ...]:
         """Return the module's parameter tensors."""
         raise NotImplementedError
+
+    def _bias(self, shape: Shape) -> Weight:
+        trainable = self.trainable or self.trainable_bias
+        updated = self.updated or self.updated_bias
+        return Weight("bias", shape, self.dtype, trainable, updated=updated)
 
 
 class Linear(Module, frozen=True, eq=False, kw_only=True):
@@ -167,13 +188,13 @@ class Linear(Module, frozen=True, eq=False, kw_only=True):
     def weight(self) -> Weight:
         """Return the plain weight matrix."""
         shape = (self.fan_in, self.fan_out) if self.transposed else (self.fan_out, self.fan_in)
-        return Weight("weight", shape, self.dtype, self.trainable)
+        return Weight("weight", shape, self.dtype, self.trainable, updated=self.updated)
 
     def bias_weight(self) -> Weight | None:
         """Return the bias, if there is one."""
         if not self.bias:
             return None
-        return Weight("bias", (self.fan_out,), self.dtype, self.trainable or self.trainable_bias)
+        return self._bias((self.fan_out,))
 
     def weights(self) -> tuple[Weight, ...]:
         stored = self.format.weights(self) if self.format else (self.weight(),)
@@ -206,9 +227,9 @@ class Norm(Module, frozen=True, eq=False, kw_only=True):
         """Return the tensors that the forward pass reads."""
         if not self.affine:
             return ()
-        shape, bias = (self.width,), self.trainable or self.trainable_bias
-        weight = Weight("weight", shape, self.dtype, self.trainable)
-        return (weight, Weight("bias", shape, self.dtype, bias)) if self.bias else (weight,)
+        shape = (self.width,)
+        weight = Weight("weight", shape, self.dtype, self.trainable, updated=self.updated)
+        return (weight, self._bias(shape)) if self.bias else (weight,)
 
 
 class Embedding(Module, frozen=True, eq=False, kw_only=True):
@@ -223,7 +244,8 @@ class Embedding(Module, frozen=True, eq=False, kw_only=True):
     rows_trained: TableAdapter | None = None
 
     def weights(self) -> tuple[Weight, ...]:
-        table = Weight("weight", (self.rows, self.width), self.dtype, self.trainable)
+        shape = (self.rows, self.width)
+        table = Weight("weight", shape, self.dtype, self.trainable, updated=self.updated)
         added = self.rows_trained.weights(self) if self.rows_trained is not None else ()
         return (table, *added)
 
@@ -403,9 +425,9 @@ class ModelSpec(Struct, frozen=True, eq=False):
         return sum(weight.parameters * count for _, weight, count in self.tensors())
 
     def trainable_parameters(self) -> int:
-        """Count the parameters that get a gradient."""
+        """Count the parameters that the optimizer updates."""
         return sum(
-            weight.parameters * count for _, weight, count in self.tensors() if weight.trainable
+            weight.parameters * count for _, weight, count in self.tensors() if weight.trained
         )
 
     def map_modules(self, change: Any) -> ModelSpec:

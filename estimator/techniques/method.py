@@ -48,6 +48,11 @@ class Method(Kind, frozen=True):
         """Whether it treats some layers unlike others, so that no layer stands for another."""
         return False
 
+    @property
+    def leaves_gradients(self) -> bool:
+        """Whether weights get gradients that its optimizer does not have, and nothing clears."""
+        return False
+
     def apply(self, run: Run) -> Run:
         """Return the run with the method in it."""
         raise NotImplementedError

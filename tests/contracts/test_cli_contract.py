@@ -24,7 +24,8 @@ FROZEN_FLAGS = """
 --method-rank-pattern --method-alpha-pattern --method-lora-bias --method-use-rslora
 --method-init-lora-weights --method-use-dora --method-trainable-token-indices
 --method-target-parameters --method-loraplus-lr-ratio --method-last-layers --method-modules
---method-norms --method-biases --method-embeddings --method-adapter-prompt-length
+--method-norms --method-biases --method-embeddings --method-freeze-others
+--method-adapter-prompt-length
 --method-adapter-start-layer --method-num-virtual-tokens --method-prompt-tuning-init
 --method-encoder-reparameterization-type --method-encoder-hidden-size --method-prefix-projection
 --method-feedforward-modules --method-alpha --method-decompose-both --method-decompose-factor

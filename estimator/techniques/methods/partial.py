@@ -1,6 +1,6 @@
 """Partial fine-tuning: some layers, modules or kinds of parameter are trained, as they are."""
 
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar, Final, TypeVar
 
 from msgspec import Meta
 from msgspec.structs import replace
@@ -13,6 +13,12 @@ from estimator.sources import Cite
 from estimator.techniques.method import Method, by_layer
 
 M = TypeVar("M", bound=Module)
+LEFT: Final = (
+    "freeze_others=false: the optimizer has {given:,} parameters, which are called trainable here; "
+    "{left:,} others require gradients too, and keep them from the first step on, because its "
+    "zero_grad clears those of its own parameters alone. Freezing them changes nothing that is "
+    "trained"
+)
 
 
 class Partial(Method, frozen=True, tag="partial"):
@@ -22,7 +28,13 @@ class Partial(Method, frozen=True, tag="partial"):
     where none is named, and `last_layers` in which layers. Outside the layers only what is named
     is trained. Below the first trained tensor no graph is built, so nothing is saved there.
 
-    Source: llamafactory, model/adapter.py, _setup_freeze_tuning; zaken2021, section 3 (biases).
+    Where the others are not frozen, the named parts are what a hand-written loop gives to its
+    optimizer. Every other weight gets a gradient all the same, which is added to in each backward
+    and cleared by nobody: `Optimizer.zero_grad` goes over the optimizer's own parameters. A loop
+    that calls the model's `zero_grad`, as the Trainer does, is not meant.
+
+    Source: llamafactory, model/adapter.py, _setup_freeze_tuning; zaken2021, section 3 (biases);
+    torch-optim, optimizer.py, Optimizer.zero_grad (others that are not frozen).
     """
 
     trains_base: ClassVar[bool] = True
@@ -38,6 +50,18 @@ class Partial(Method, frozen=True, tag="partial"):
     norms: Annotated[bool, Meta(description="Train the norms.")] = False
     biases: Annotated[bool, Meta(description="Train the biases (BitFit).")] = False
     embeddings: Annotated[bool, Meta(description="Train the embedding tables.")] = False
+    freeze_others: Annotated[
+        bool,
+        Meta(
+            description="Freeze what is not trained. If not, only the optimizer leaves it out: "
+            "its gradients are made, and stay."
+        ),
+    ] = True
+
+    @property
+    def leaves_gradients(self) -> bool:
+        """Whether the others are not frozen."""
+        return not self.freeze_others
 
     @property
     def singles_out_layers(self) -> bool:
@@ -45,7 +69,7 @@ class Partial(Method, frozen=True, tag="partial"):
         return self.last_layers is not None
 
     def apply(self, run: Run) -> Run:
-        """Return the run with everything frozen but the named parts.
+        """Return the run with everything frozen, or left out, but the named parts.
 
         Raises:
             InvalidRequestError: nothing is named, or a name that the model has not.
@@ -67,11 +91,12 @@ class Partial(Method, frozen=True, tag="partial"):
 
         def change(kind: LayerKind, chosen: bool) -> LayerKind:
             if not chosen:
-                return frozen_layer(kind)
+                return self._without(kind)
             return replace(kind, modules=tuple(self._with(each, every) for each in kind.modules))
 
         chosen = named or every
-        return replace(run, spec=by_layer(spec, lambda index: chosen and index >= first, change))
+        spec = by_layer(spec, lambda index: chosen and index >= first, change)
+        return replace(run, spec=spec if self.freeze_others else _told(spec))
 
     def _names(self, module: Module) -> bool:
         """Whether the weights of a module are trained, by its name or its kind."""
@@ -83,11 +108,19 @@ class Partial(Method, frozen=True, tag="partial"):
 
     def _with(self, module: M, also: bool = False) -> M:
         trains = also or self._names(module)
+        if not self.freeze_others:
+            return replace(module, updated=trains, updated_bias=self.biases)
         return replace(module, trainable=trains, trainable_bias=self.biases)
+
+    def _without(self, kind: LayerKind) -> LayerKind:
+        """Return a kind of layer of which nothing is trained."""
+        if self.freeze_others:
+            return frozen_layer(kind)
+        return replace(kind, modules=tuple(replace(m, updated=False) for m in kind.modules))
 
     def _refuse(self, spec: ModelSpec) -> None:
         """Refuse a request that names nothing, or something that the model has not."""
-        if self == Partial():
+        if self == Partial(freeze_others=self.freeze_others):
             raise InvalidRequestError(
                 "method 'partial' has nothing to train; give last_layers, modules, norms, biases "
                 "or embeddings"
@@ -107,6 +140,15 @@ class Partial(Method, frozen=True, tag="partial"):
             raise InvalidRequestError(
                 f"last_layers: the model has {len(spec.pattern)} layers (given {self.last_layers})"
             )
+
+
+def _told(spec: ModelSpec) -> ModelSpec:
+    """Return the model with a note on the gradients that stay, if any do."""
+    left = sum(each.parameters * count for _, each, count in spec.tensors() if each.keeps_gradient)
+    if not left:
+        return spec
+    note = LEFT.format(given=spec.trainable_parameters(), left=left)
+    return replace(spec, notes=(*spec.notes, note))
 
 
 def is_within(name: str, part: str) -> bool:

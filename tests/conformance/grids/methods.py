@@ -17,6 +17,9 @@ _BITFIT: Final = {"method": "bitfit"}
 _NORMS: Final = _partial(norms=True)
 _TABLES: Final = _partial(embeddings=True)
 _QUERIES: Final = _partial(modules=["q_proj"])
+# Every weight gets a gradient, and the optimizer has some of them.
+_LEFT: Final = _partial(last_layers=2, freeze_others=False)
+_LAYERS_ALONE: Final = _partial(modules=["self_attn", "mlp"], norms=True, freeze_others=False)
 _HOULSBY: Final = {"method": "houlsby_adapter"}
 _HOULSBY32: Final = {"method": {"name": "houlsby_adapter", "adapter_dtype": "float32"}}
 _REFT: Final = {"method": {"name": "loreft", "r": 4, "positions": "f5+l5"}}
@@ -39,6 +42,42 @@ RECIPES: Final[dict[str, dict[str, Any]]] = {
     "last layers, queries fp32": {
         **_partial(last_layers=3, modules=["q_proj"]), "precision": "fp32",
     },
+    "others not frozen": _LEFT,
+    "others not frozen, checkpointed": {**_LEFT, **CHECKPOINTED},
+    "others not frozen, amp": {**_LEFT, "precision": "amp_bf16"},
+    "others not frozen, accumulation": {**_LEFT, "gradient_accumulation_steps": 4},
+    "others not frozen, set to zero": {**_LEFT, "loop": {"set_to_none": False}},
+    "others not frozen, short, clipping off": {
+        **_LEFT, "seq_len": 64, "loop": {"max_grad_norm": 0.0},
+    },
+    "others not frozen, short": {**_LEFT, "seq_len": 64},
+    "others not frozen, in backward": {
+        **_LEFT, "optimizer": {"name": "adamw", "in_backward": True},
+    },
+    "others not frozen, master copies": {**_LEFT, "precision": "master_bf16", "seq_len": 64},
+    "others not frozen, loss scaling": {**_LEFT, "precision": "amp_fp16", "seq_len": 64},
+    "others not frozen, tied": {**_LEFT, "seq_len": 64},
+    "others not frozen, gpt2": {**_partial(biases=True, freeze_others=False), "precision": "fp32"},
+    "others not frozen, gpt2 sgd checkpointed": {
+        **_partial(modules=["attn"], freeze_others=False), **CHECKPOINTED,
+        "optimizer": {"name": "sgd"}, "precision": "amp_bf16",
+    },
+    "layers alone": _LAYERS_ALONE,
+    "layers alone, tied amp foreach checkpointed": {
+        **_partial(last_layers=4, freeze_others=False), **CHECKPOINTED, "precision": "amp_bf16",
+        "optimizer": {"name": "adam", "implementation": "foreach"}, "padding": True,
+        "loop": {"keep_outputs": True},
+    },
+    "layers alone, tied amp adafactor": {
+        **_LAYERS_ALONE, **CHECKPOINTED, "precision": "amp_bf16",
+        "optimizer": {"name": "adafactor"}, "seq_len": 64,
+    },
+    "layers alone, chunked loss": {**_LAYERS_ALONE, "loss": "chunked"},
+    "layers alone, fused loss accumulation": {
+        **_LAYERS_ALONE, "loss": "fused_linear", "gradient_accumulation_steps": 2,
+    },
+    "others not frozen, paged 8-bit": {**_LEFT, "optimizer": {"name": "paged_adamw_8bit"}},
+    "head alone": _partial(modules=["lm_head"], freeze_others=False),
     "head only": _HEAD,
     "head only, tied": _HEAD,
     "head only fp32": {**_HEAD, "precision": "fp32"},
@@ -118,6 +157,11 @@ MODELS: Final[dict[str, str]] = {
     "last layers, alternating": "gemma3",
     "last layers, tied": "llama-tied",
     "last layers, opt": "opt",
+    "others not frozen, tied": "llama-tied",
+    "others not frozen, gpt2": "gpt2",
+    "others not frozen, gpt2 sgd checkpointed": "gpt2",
+    "layers alone, tied amp foreach checkpointed": "llama-tied",
+    "layers alone, tied amp adafactor": "qwen2",
     "head only, tied": "qwen2",
     "bitfit": "gpt2",
     "bitfit, opt": "opt",
@@ -141,4 +185,9 @@ MODELS: Final[dict[str, str]] = {
     "pfeiffer, mistral": "mistral-window",
 }
 
-FAST: Final = frozenset({"last layers", "bitfit", "houlsby", "pfeiffer, gpt2", "loreft", "mezo"})
+FAST: Final = frozenset(
+    {
+        "last layers", "others not frozen, tied", "bitfit", "houlsby", "pfeiffer, gpt2", "loreft",
+        "mezo",
+    }
+)  # fmt: skip

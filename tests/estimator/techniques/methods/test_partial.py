@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from estimator.errors import InvalidRequestError, UnsupportedCombinationError
+from estimator.memory.standing import standing
 from estimator.request import parse_request
 from estimator.resolve import resolve
 from estimator.service import estimate
@@ -69,9 +70,76 @@ CASES: list[tuple[str, dict[str, Any], Callable[[str], bool]]] = [
 ]
 
 
+@pytest.mark.parametrize("freeze_others", [True, False])
 @pytest.mark.parametrize(("family", "knobs", "chosen"), CASES)
-def test_what_is_named_is_trained_and_nothing_else(family, knobs, chosen):
+def test_what_is_named_is_trained_and_nothing_else(family, knobs, chosen, freeze_others):
+    knobs = {**knobs, "freeze_others": freeze_others}
     assert _trainable(MODELS[family], **knobs) == _counted(MODELS[family], chosen)
+
+
+@pytest.mark.parametrize(("family", "knobs", "chosen"), CASES)
+def test_what_is_not_frozen_keeps_the_gradients_that_a_real_step_leaves(family, knobs, chosen):
+    """torch itself says which gradients are left when its optimizer has cleared its own."""
+    method = {"name": "partial", **knobs, "freeze_others": False}
+    document = {"model": {"config": MODELS[family]}, "method": method, "precision": "fp32"}
+    run = resolve(parse_request(document), MODELS[family], "model")
+    kept = [each for each in standing(run).entries if each.row.component == "gradients"]
+    assert sum(each.row.size[0] * each.count for each in kept) == _left(MODELS[family], chosen)
+
+
+def _left(config: dict[str, Any], chosen: Callable[[str], bool]) -> int:
+    """Return the bytes of gradients that are there after `zero_grad` of an optimizer of some."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(values.pop("model_type"), **values)
+        )
+    given = [each for name, each in model.named_parameters() if chosen(name)]
+    optimizer = torch.optim.SGD(given, lr=1e-3)
+    for each in model.parameters():
+        each.grad = torch.empty_like(each)
+    optimizer.zero_grad()
+    return sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
+
+
+def test_only_the_optimizer_tells_weights_apart_that_are_not_frozen():
+    """Without states, clipping or an update, the step is full training with standing gradients."""
+
+    def at(moment: str, **document: Any) -> int:
+        result = estimate({"model": "gpt2", "seq_len": 512, "precision": "fp32", **document})
+        return next(each.bytes for each in result.timeline if each.moment == moment)
+
+    head = {"name": "partial", "norms": True, "freeze_others": False}
+    assert at("end of backward", method=head, optimizer="sgd") == at(
+        "end of backward", method="full", optimizer="sgd"
+    )
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"optimizer": "lomo"}, "optimizer 'lomo'"),
+        ({"precision": "megatron_bf16"}, "precision 'megatron_bf16'"),
+        ({"software": {"framework": "trl"}, "loss": "chunked"}, "software 'trl'"),
+        ({"kernels": ["compile"]}, "methods other than full"),
+    ],
+)
+def test_what_would_take_or_clear_every_gradient_is_refused_by_name(beside, said):
+    method = {"name": "partial", "last_layers": 1, "freeze_others": False}
+    document = {"model": "meta-llama/Llama-3.2-1B", "method": method, **beside}
+    with pytest.raises(UnsupportedCombinationError, match=said):
+        estimate(document)
+
+
+def test_the_answer_says_which_parameters_it_calls_trainable():
+    method = {"name": "partial", "last_layers": 16, "freeze_others": False}
+    result = estimate({"model": "meta-llama/Llama-3.2-1B", "method": method})
+    # All 1,235,814,400 but the tied table of 128,256 x 2,048 and the final norm.
+    assert result.parameters.trainable == 973_144_064
+    assert any("262,670,336 others require gradients too" in each for each in result.notes)
 
 
 def test_bitfit_is_a_word_for_biases():
@@ -86,6 +154,7 @@ def test_bitfit_is_a_word_for_biases():
     ("knobs", "said"),
     [
         ({}, "give last_layers"),
+        ({"freeze_others": False}, "give last_layers"),
         ({"modules": ["no_proj"]}, "has no 'no_proj'"),
         ({"biases": True}, "has none"),
         ({"last_layers": 33}, "has 32 layers"),
