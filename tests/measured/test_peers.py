@@ -42,11 +42,9 @@ EXCEPTIONS = {
     ("vramcalc", "torchtune-docs-tutorials", "reserved"),
     ("hf-vram-calc", "usamec", "device used"),
     ("torch-preflight", "torchao-docs", "allocated"),
-    ("torch-preflight", "usamec", "device used"),
     ("training-hub", "torchtune-docs-tutorials", "reserved"),
     ("training-hub", "usamec", "device used"),
     ("vramcalc", "torchtune-readme-llama2-2024", "reserved"),
-    ("vramcalc", "usamec", "device used"),
 }
 
 
