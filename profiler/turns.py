@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -131,11 +133,34 @@ def run(
     """
     report = Report(len(waiting))
     campaign = _Campaign(results, limits, start, ended, clock or Watch(), report)
-    try:
-        campaign.work_off(deque(waiting))
-    finally:
-        campaign.end_all()
+    with _told_to_stop() as told:
+        try:
+            campaign.work_off(deque(waiting), told)
+        finally:
+            campaign.end_all()
     return report
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Keep Ctrl-C and SIGTERM until they are asked for, so that neither cuts a step in two.
+
+    An exception out of a signal may come between the start of a process and its place in the list,
+    or while a file is closed; then a process is left over, or the end fails on its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    told: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: told.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield lambda: bool(told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Campaign:
@@ -159,10 +184,16 @@ class _Campaign:
         self._running: list[_Running] = []
         self._crashes: list[str] = []
 
-    def work_off(self, waiting: deque[Planned]) -> None:
-        """Run until nothing waits, the budget is spent or the machine is at fault."""
+    def work_off(self, waiting: deque[Planned], told_to_stop: Callable[[], bool]) -> None:
+        """Run until nothing waits, the budget is spent or the machine is at fault.
+
+        Raises:
+            KeyboardInterrupt: somebody wants it to stop.
+        """
         deadline = self._clock.now() + self._limits.budget_seconds
         while waiting or self._running:
+            if told_to_stop():
+                raise KeyboardInterrupt
             self._collect()
             if len(self._crashes) >= SAME_CRASHES:
                 self._report.stopped = (

@@ -60,7 +60,6 @@ def test_gradients_that_nobody_clears_explain_the_baseline_of_usamec(published):
     row = published["usamec-llama3.2-1b-fp32-adafactor", "device used"]
     frozen = changed(row.run.request, {"/method/freeze_others": True})
     found = asked(frozen.to_dict(), round(row.measured), "device-used")
-    assert found.inside is False
     assert ("others not frozen",) in [each.terms for each in found.hypotheses]
 
 

@@ -405,7 +405,7 @@ def test_an_interrupted_campaign_ends_its_processes_and_leaves_whole_lines(hangi
     started, pipe = hanging
     started.send_signal(number)
     _, errors = started.communicate(timeout=30)
-    assert started.returncode == 130
+    assert started.returncode == 130, errors.decode()
     assert errors.decode().splitlines()[-1].endswith("run the same command to go on")
     assert _is_gone(pipe)
     assert [each.outcome for each in read(out)] == ["ok", "error"]
