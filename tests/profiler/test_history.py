@@ -210,12 +210,13 @@ def test_a_fixture_reads_back_as_it_was_written_and_is_the_same_bytes(tmp_path):
     [
         b"",
         b"text",
-        gzip.compress(b"text"),
-        gzip.compress(b'{"format":"other/v1"}\n[]\n[]\n'),
-        gzip.compress(b'{"format":"allocator-history/v1"}\n[]\n[]\n'),
-        gzip.compress(b'{"format":"allocator-history/v1","settings":{}}\n[1]\n[]\n'),
+        gzip.compress(b"text", mtime=0),
+        gzip.compress(b'{"format":"other/v1"}\n[]\n[]\n', mtime=0),
+        gzip.compress(b'{"format":"allocator-history/v1"}\n[]\n[]\n', mtime=0),
+        gzip.compress(b'{"format":"allocator-history/v1","settings":{}}\n[1]\n[]\n', mtime=0),
         (HISTORIES / "attention_only.jsonl.gz").read_bytes()[:300],
     ],
+    ids=("nothing", "text", "packed text", "other", "short", "no events", "cut off"),
 )
 def test_what_is_no_fixture_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "bad.jsonl.gz"

@@ -191,7 +191,7 @@ class Called:
         pickle.dumps([1]),
         pickle.dumps({"segments": []}),
         pickle.dumps({"device_traces": 3}),
-        gzip.compress(pickle.dumps({"device_traces": [[1] * 9999]}))[:40],
+        gzip.compress(pickle.dumps({"device_traces": [[1] * 9999]}), mtime=0)[:40],
     ],
 )
 def test_what_is_no_snapshot_is_refused_in_one_line_and_nothing_of_it_is_run(
