@@ -14,6 +14,7 @@ from estimator.errors import EstimatorError
 from estimator.flags import GroupedHelp
 from profiler.calibrate import CONFIDENCE, calibrations
 from profiler.cli import progress_bar
+from profiler.whole_file import write_whole
 
 _CHANGED: Final = 1
 
@@ -90,11 +91,9 @@ def write(calibration: Calibration, folder: Path) -> Path:
         EstimatorError: the folder cannot be written.
     """
     path = folder / f"{calibration.name}.json"
-    part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(encode(calibration))
-        part.replace(path)
+        write_whole(path, encode(calibration))
     except OSError as error:
         raise EstimatorError(f"{path} cannot be written: {error.strerror}") from error
     return path

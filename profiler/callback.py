@@ -28,6 +28,7 @@ from profiler.live import device, weights
 from profiler.live.findings import Findings
 from profiler.live.forecast import BEFORE_UPDATE, STEP, UPDATE, Forecast, Shape, table
 from profiler.live.request import LiveRun, document
+from profiler.whole_file import write_whole
 
 logger: Final = logging.getLogger(__name__)
 
@@ -388,6 +389,4 @@ def _different_counts(model: Any, result: Result) -> str:
 def _write(path: Path, request: EstimateRequest) -> None:
     """Write a request document whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(request.to_dict(), indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, (json.dumps(request.to_dict(), indent=2) + "\n").encode())

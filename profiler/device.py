@@ -31,6 +31,7 @@ from profiler.bench import Bench, OnGpu, on_fake_tensors
 from profiler.gauge import Gauge
 from profiler.trace import LOAD
 from profiler.versions import allocator_settings, imported_versions, python_version
+from profiler.whole_file import write_whole
 
 # How torch, cuBLAS and cuDNN say that there is no memory left, besides torch's own exception.
 _OUT_OF_MEMORY: Final = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
@@ -202,12 +203,7 @@ class Cuda:
     def write_history(self, path: Path) -> None:
         """Write `torch.cuda.memory._snapshot()` in one go, pickled and compressed."""
         content = gzip.compress(pickle.dumps(self._cuda.memory._snapshot()), mtime=0)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, content)
 
     def bench(self) -> contextlib.AbstractContextManager[Bench]:
         """Return torch's counters."""

@@ -29,6 +29,7 @@ from estimator.nvml import probe
 from estimator.record import Environment, Origin, Probe, Record, Run, append, encode, read
 from estimator.request import parse_request
 from profiler.matrices import Case, canonical
+from profiler.versions import file_stem
 
 STACK: Final = ("torch", "transformers", "accelerate")
 MEASUREMENTS: Final = Path(__file__).resolve().parents[1] / "data" / "measurements"
@@ -78,9 +79,8 @@ class Stand:
 
     def file_name(self) -> str:
         """Return the name of the file for this device and software."""
-        card = self.gpu_id or "".join(c if c.isalnum() else "-" for c in self.gpu.lower())
-        parts = (f"{name}-{_short(version(name))}" for name in ("torch", "transformers"))
-        return "-".join((f"{card}-", *parts)) + ".jsonl"
+        stem = file_stem(self.gpu_id or self.gpu, version("torch"), version("transformers"))
+        return f"{stem}.jsonl"
 
 
 @lru_cache(maxsize=64)
@@ -128,10 +128,6 @@ def _first_visible() -> int:
     """Return the index of the GPU that CUDA sees first, where the environment gives a number."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return int(first) if first.isdecimal() else 0
-
-
-def _short(text: str | None) -> str:
-    return ".".join((text or "unknown").split("+")[0].split(".")[:2])
 
 
 class Results:

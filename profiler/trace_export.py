@@ -18,9 +18,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import pickle
-import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +36,7 @@ from estimator.memory.caching_allocator import (
     SegmentEvent,
     Stats,
 )
+from profiler.whole_file import write_whole
 
 # The viewer's unpickler reads protocols 2 to 4: MemoryViz.js::unpickle.
 PICKLE_PROTOCOL: Final = 4
@@ -104,7 +103,7 @@ def write_trace(
             f"cannot tell the trace format from {path.name!r}; end it with .pickle for PyTorch's "
             "memory viewer or .json for Perfetto, and .gz after it to compress"
         )
-    _write_whole(path, _gzip(content) if compressed else content)
+    write_whole(path, _gzip(content) if compressed else content)
 
 
 def memory_snapshot(
@@ -291,15 +290,3 @@ def _gzip(content: bytes) -> bytes:
     with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as stream:
         stream.write(content)
     return buffer.getvalue()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -58,3 +58,27 @@ def python_version() -> str:
 def allocator_settings() -> str:
     """Return what torch's allocator was told through the environment, under either name."""
     return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+
+
+def file_stem(card: str, torch: str | None, transformers: str | None) -> str:
+    """Return what the files of one card and one stack are called, records and calibration alike.
+
+    Args:
+        card: the catalogue's id, or the driver's name where the catalogue has none.
+
+    Example:
+        >>> file_stem("h100-80gb-sxm", "2.13.0+cu130", "5.23.0")
+        'h100-80gb-sxm--torch-2.13-transformers-5.23'
+    """
+    name = "".join(sign if sign.isalnum() else "-" for sign in card.lower())
+    return f"{name}--torch-{two_numbers(torch)}-transformers-{two_numbers(transformers)}"
+
+
+def two_numbers(version: str | None) -> str:
+    """Return the first two numbers of a version.
+
+    Example:
+        >>> two_numbers("2.13.0+cu130")
+        '2.13'
+    """
+    return ".".join((version or "unknown").partition("+")[0].split(".")[:2])

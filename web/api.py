@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -96,15 +97,11 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
     async def post_estimate(request: Request) -> Response:
         """Answer whether the run fits, with every row at the peak. The same body always gets the
         same bytes, so a repeated POST is safe and `ETag` is strong."""
-        _require_json(request)
-        body = await _body(request, settings.max_body_bytes)
-
-        def content_for() -> bytes:
-            return to_json(answer(parse_request(body), metrics=metrics, door="api"))
-
-        # A recipe seen for the first time takes a fraction of a second: others must not wait.
-        content = await run_in_threadpool(content_for)
-        return Response(content, media_type="application/json", headers={"ETag": _etag(content)})
+        return await _document(
+            request,
+            settings,
+            lambda body: to_json(answer(parse_request(body), metrics=metrics, door="api")),
+        )
 
     @routes.post(
         "/v1/reconcile",
@@ -115,14 +112,11 @@ def router(settings: Settings, metrics: Metrics) -> APIRouter:
     async def post_reconcile(request: Request) -> Response:
         """Answer which changes of the request would give the number that was measured, and which
         tensor would ask for the size that a message names."""
-        _require_json(request)
-        body = await _body(request, settings.max_body_bytes)
-
-        def content_for() -> bytes:
-            return to_json(explain(parse_measurement(body), metrics=metrics, door="api"))
-
-        content = await run_in_threadpool(content_for)
-        return Response(content, media_type="application/json", headers={"ETag": _etag(content)})
+        return await _document(
+            request,
+            settings,
+            lambda body: to_json(explain(parse_measurement(body), metrics=metrics, door="api")),
+        )
 
     @routes.get(
         "/v1/models",
@@ -201,6 +195,17 @@ async def _body(request: Request, limit: int) -> bytes:
     if received > limit:
         raise HTTPException(413, f"the body is larger than {limit} bytes; send one run at a time")
     return bytes(body)
+
+
+async def _document(
+    request: Request, settings: Settings, content_for: Callable[[bytes], bytes]
+) -> Response:
+    """Return what a function makes of the body, with a strong `ETag`."""
+    _require_json(request)
+    body = await _body(request, settings.max_body_bytes)
+    # A recipe seen for the first time takes a fraction of a second: others must not wait.
+    content = await run_in_threadpool(content_for, body)
+    return Response(content, media_type="application/json", headers={"ETag": _etag(content)})
 
 
 def _etag(content: bytes) -> str:

@@ -27,23 +27,29 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """One meter of a published run, measured and estimated [bytes]."""
+class Reading:
+    """What one meter read, and our range of it [bytes]."""
 
-    run: Answered
     meter: Meter
     measured: float
     estimated: Range
 
     @property
     def error(self) -> float:
-        """The signed relative error."""
+        """The signed relative error of the expected value."""
         return self.estimated.expected / self.measured - 1
 
     @property
     def inside(self) -> bool:
         """Whether the measurement lies in the range of the answer."""
         return self.estimated.low <= self.measured <= self.estimated.high
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Reading):
+    """One meter of a published run."""
+
+    run: Answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ def _answer(row: Row) -> Answered:
 def comparisons(runs: Iterable[Answered]) -> tuple[Comparison, ...]:
     """Return every meter of every run beside our value of the same quantity."""
     return tuple(
-        Comparison(run, meter, measured, estimated(run.result.peak, meter))
+        Comparison(meter, measured, estimated(run.result.peak, meter), run)
         for run in runs
         for meter, measured in readings(run.row)
     )

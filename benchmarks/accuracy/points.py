@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.accuracy.comparison import Comparison
+from benchmarks.accuracy.comparison import Comparison, Reading
 from benchmarks.accuracy.meters import Meter, estimated
 from estimator.catalog import Access
 from estimator.pipeline import answer
 from estimator.record import Run
 from estimator.request import EstimateRequest, parse_request
-from estimator.result import Range
 from estimator.service import model_config, requested_gpu
 from estimator.traits import kind_of
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """A reading and our range [bytes].
+class Point(Reading):
+    """A reading with what the tables sort it by, whoever measured it.
 
     Args:
         group: the publication, or the campaign on a card.
@@ -26,21 +25,8 @@ class Point:
     """
 
     group: str
-    meter: Meter
-    measured: float
-    estimated: Range
     request: EstimateRequest
     family: str
-
-    @property
-    def error(self) -> float:
-        """The signed relative error of the expected value."""
-        return self.estimated.expected / self.measured - 1
-
-    @property
-    def inside(self) -> bool:
-        """Whether the reading lies in the range."""
-        return self.estimated.low <= self.measured <= self.estimated.high
 
     @property
     def width(self) -> float:
@@ -99,7 +85,7 @@ def _of_run(run: Run) -> Iterator[Point]:
     group = f"{run.group} on {run.environment.gpu_id or run.environment.gpu}"
     for meter, value in readings:
         if value is not None:
-            yield Point(group, meter, value, estimated(peak, meter), request, _family(request))
+            yield Point(meter, value, estimated(peak, meter), group, request, _family(request))
 
 
 def _family(request: EstimateRequest) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from benchmarks.accuracy import charts, ranges, records, rows, summary, traced, verdicts
-from benchmarks.accuracy.comparison import Answers, answers, comparisons
+from benchmarks.accuracy.comparison import Answers, Comparison, answers, comparisons
 from benchmarks.accuracy.points import Point, published, recorded
 from benchmarks.accuracy.published import ROOT, measured, out_of_memory
 from benchmarks.peers import report as peers
@@ -49,6 +49,7 @@ class Findings:
     """Everything that the page is written from."""
 
     rows: Answers
+    compared: tuple[Comparison, ...]
     failures: Answers
     ours: tuple[Run, ...]
     points: tuple[Point, ...]
@@ -71,10 +72,12 @@ def findings() -> Findings:
     ours = tuple(
         run for path in record_files() for run in runs(read(path)) if run.origin == "measured"
     )
-    readings = published(comparisons(found.answered))
+    compared = comparisons(found.answered)
+    readings = published(compared)
     judged = verdicts.published(found, failures)
     return Findings(
         rows=found,
+        compared=compared,
         failures=failures,
         ours=ours,
         points=(*readings, *recorded(ours)),
@@ -98,8 +101,8 @@ def render(found: Findings) -> str:
         *rows.failed(found.failures),
         *ranges.sections(found.points, calibration_file.installed(), found.covered),
         "![Coverage on held-out sources](accuracy/coverage.svg)\n",
-        *peers.sections(comparisons(found.rows.answered)),
-        *rows.measurements(comparisons(found.rows.answered)),
+        *peers.sections(found.compared),
+        *rows.measurements(found.compared),
         *rows.inexpressible(found.rows),
     )
     return "\n".join(sections).rstrip() + "\n"
@@ -116,10 +119,6 @@ def _ours(runs: tuple[Run, ...]) -> Iterator[str]:
 def pages(found: Findings) -> Iterator[tuple[Path, str]]:
     """Yield the page and its pictures, each with the text that it should have."""
     yield PAGE, render(found)
-    pictures: dict[str, Callable[[], str]] = {
-        "errors.svg": lambda: charts.error_chart(found.points),
-        "scatter.svg": lambda: charts.scatter_chart(found.points),
-        "coverage.svg": lambda: charts.coverage_chart(found.covered),
-    }
-    for name, draw in pictures.items():
-        yield PICTURES / name, draw()
+    yield PICTURES / "errors.svg", charts.error_chart(found.points)
+    yield PICTURES / "scatter.svg", charts.scatter_chart(found.points)
+    yield PICTURES / "coverage.svg", charts.coverage_chart(found.covered)

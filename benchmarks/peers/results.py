@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from profiler.whole_file import write_whole
+
 RESULTS: Final = Path(__file__).with_name("results.jsonl")
 
 
@@ -42,6 +44,4 @@ def put(peer: str, answers: Iterable[Answer], path: Path = RESULTS) -> None:
     others = [each for each in read(path).values() if each.peer != peer]
     ordered = sorted([*others, *answers], key=lambda each: (each.peer, each.id))
     text = "".join(json.dumps(asdict(each)) + "\n" for each in ordered)
-    new = path.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    write_whole(path, text.encode())
