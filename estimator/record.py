@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from estimator.errors import InvalidRecordError
+from estimator.section import SizeBytes
 
 SCHEMA: Final = "measurement/v1"
 
@@ -34,10 +35,10 @@ class Meters(Struct, frozen=True, omit_defaults=True):
         device_used_bytes: total less free memory of the device, less what others used before.
     """
 
-    allocated_bytes: int | None = None
-    requested_bytes: int | None = None
-    reserved_bytes: int | None = None
-    device_used_bytes: int | None = None
+    allocated_bytes: SizeBytes | None = None
+    requested_bytes: SizeBytes | None = None
+    reserved_bytes: SizeBytes | None = None
+    device_used_bytes: SizeBytes | None = None
 
 
 class PhasePeak(Struct, frozen=True):
@@ -95,11 +96,11 @@ class Run(Struct, frozen=True, tag_field="record", tag="run", kw_only=True):
     request: dict[str, Any]
     outcome: Outcome
     reason: str | None = None
-    limit_bytes: int | None = None
+    limit_bytes: SizeBytes | None = None
     steps: int = 0
     peak: Meters = Meters()
     phases: tuple[PhasePeak, ...] = ()
-    idle_bytes: int | None = None
+    idle_bytes: SizeBytes | None = None
     step_seconds: tuple[float, ...] = ()
     environment: Environment = Environment()
     recorded_at: str | None = None

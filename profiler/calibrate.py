@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from math import ceil, log
 from pathlib import Path
 from statistics import median
-from typing import Final
+from typing import Final, get_args
 
-from msgspec.structs import replace
+from msgspec import structs
 
 from estimator.calibration import using
 from estimator.calibration_file import (
+    SCHEMA,
     Calibration,
     Constants,
     HeldOut,
@@ -36,15 +37,16 @@ from estimator.calibration_file import (
     Traits,
 )
 from estimator.catalog import Access
-from estimator.errors import EstimatorError, InvalidCalibrationError
+from estimator.errors import EstimatorError, InvalidCalibrationError, InvalidRecordError
 from estimator.pipeline import answer, device_of, engine_for
 from estimator.record import Probe, Record, Run, probes, read, runs
 from estimator.request import parse_request
 from estimator.result import Range
 from estimator.service import model_config, requested_gpu
+from profiler.versions import file_stem, two_numbers
 
-QUANTITIES: Final[tuple[Quantity, ...]] = ("allocated", "reserved", "device used", "needed")
-KINDS: Final[tuple[Kind, ...]] = ("full", "adapters", "quantized")
+QUANTITIES: Final[tuple[Quantity, ...]] = get_args(Quantity)
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 LEVELS: Final = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999, 0.9999)
 CONFIDENCE: Final = 0.95
 """At which the held-out coverage is told."""
@@ -87,6 +89,8 @@ class Expected:
     """
 
     traits: Traits
+    tokens: int
+    seq_len: int
     family: str
     allocated: int
     reserved: int
@@ -141,19 +145,9 @@ def _key(record: Record) -> tuple[str, ...]:
     return (
         record.origin,
         place.gpu_id or place.gpu or "unknown",
-        _two(place.versions.get("torch", "unknown")),
-        _two(place.versions.get("transformers", "unknown")),
+        two_numbers(place.versions.get("torch")),
+        two_numbers(place.versions.get("transformers")),
     )
-
-
-def _two(version: str) -> str:
-    """Return the first two numbers of a version.
-
-    Example:
-        >>> _two("2.13.0+cu130")
-        '2.13'
-    """
-    return ".".join(version.partition("+")[0].split(".")[:2])
 
 
 def _calibration(
@@ -165,8 +159,8 @@ def _calibration(
     place = everything[0].environment
     published = key[0] == "published"
     bare = Calibration(
-        schema="calibration/v1",
-        name="any--published" if published else _name(key),
+        schema=SCHEMA,
+        name="any--published" if published else file_stem(*key[1:]),
         origin=everything[0].origin,
         gpu=None if published else key[1],
         compute_capability=None if published else place.compute_capability,
@@ -185,14 +179,9 @@ def _calibration(
     if not found:
         raise InvalidCalibrationError(
             f"no run of {' '.join(key)} has a meter and an answer; nothing to calibrate"
+            f"{f'; {left_out[0]}' if left_out else ''}"
         )
-    return replace(bare, strata=strata(found), held_out=held_out(found)), left_out
-
-
-def _name(key: tuple[str, ...]) -> str:
-    _, gpu, torch, transformers = key
-    words = "-".join(gpu.lower().split())
-    return f"{words}--torch-{torch}-transformers-{transformers}"
+    return structs.replace(bare, strata=strata(found), held_out=held_out(found)), left_out
 
 
 def _hash(path: Path) -> str:
@@ -220,8 +209,12 @@ def expected(run: Run) -> Expected:
     """Return what the analytic engine expects of a record's run.
 
     Raises:
+        InvalidRecordError: a meter read nothing, or nothing was allowed to be held.
         EstimatorError: the request has no answer.
     """
+    read_nothing = run.outcome == "ok" and 0 in structs.astuple(run.peak)
+    if read_nothing or run.limit_bytes == 0:
+        raise InvalidRecordError("a meter or a limit of 0 bytes")
     request = parse_request(dict(run.request))
     model = model_config(request, Access.CATALOGUE)
     gpu = requested_gpu(request)
@@ -230,6 +223,8 @@ def expected(run: Run) -> Expected:
     peak, context = result.peak, device_of(gpu, request).constants.context.expected
     return Expected(
         traits=engine.recipe,
+        tokens=request.micro_batch_size * request.seq_len,
+        seq_len=request.seq_len,
         family=str(model.config.get("model_type", model.id)),
         allocated=peak.allocated_bytes.expected,
         reserved=peak.reserved_bytes.expected,
@@ -308,9 +303,8 @@ def _of_run(run: Run, expected: Expected) -> Iterator[Residual]:
 
 
 def _residual(run: Run, quantity: Quantity, ratio: float, expected: Expected) -> Residual:
-    batch, length = run.request["micro_batch_size"], run.request["seq_len"]
     group = run.group if run.origin == "published" else expected.family
-    return Residual(quantity, group, ratio, expected.traits, batch * length, length)
+    return Residual(quantity, group, ratio, expected.traits, expected.tokens, expected.seq_len)
 
 
 def _of_sweeps(measured: Sequence[Run], expected: Mapping[str, Expected]) -> Iterator[Residual]:
@@ -416,18 +410,22 @@ def _quantile(sizes: Sequence[float], confidence: float) -> float:
 
 def held_out(residuals: Sequence[Residual], confidence: float = CONFIDENCE) -> tuple[HeldOut, ...]:
     """Return, for each quantity, how many rows lie inside ranges made without their own group."""
+    made = {
+        group: {
+            each.quantity: each
+            for each in strata([other for other in residuals if other.group != group])
+            if each.kind is None
+        }
+        for group in {each.group for each in residuals}
+    }
     found = []
     for quantity in QUANTITIES:
-        rows = [each for each in residuals if each.quantity == quantity]
-        inside = counted = 0
-        for group in sorted({each.group for each in rows}):
-            others = [each for each in residuals if each.group != group]
-            made = next((each for each in strata(others) if each.quantity == quantity), None)
-            for each in rows:
-                if made is None or each.group != group:
-                    continue
-                counted += 1
-                inside += each.size <= made.spread(confidence)
-        if counted:
-            found.append(HeldOut(quantity, confidence, counted, inside))
+        sizes = [
+            (each.size, made[each.group][quantity])
+            for each in residuals
+            if each.quantity == quantity and quantity in made[each.group]
+        ]
+        if sizes:
+            inside = sum(size <= without.spread(confidence) for size, without in sizes)
+            found.append(HeldOut(quantity, confidence, len(sizes), inside))
     return tuple(found)

@@ -42,7 +42,8 @@ ORDER = (
     ("config_file",),
     ("eager",),
     ("optimizer",),
-    ("components", "dtypes", "record", "section"),
+    ("record",),
+    ("components", "dtypes", "section"),
     ("errors", "sources", "units"),
 )
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from estimator.errors import InvalidRecordError
@@ -12,6 +14,7 @@ from estimator.record import (
     Probe,
     Run,
     append,
+    encode,
     probes,
     read,
     runs,
@@ -55,6 +58,16 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
     append(path, RUN)
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(InvalidRecordError, match=r"records\.jsonl, line 2"):
+        read(path)
+
+
+@pytest.mark.parametrize("size", [-5, 10**30, "many"])
+def test_a_size_that_no_memory_has_is_named(tmp_path, size):
+    path = tmp_path / "records.jsonl"
+    document = json.loads(encode(RUN))
+    document["peak"]["allocated_bytes"] = size
+    path.write_text(json.dumps(document))
+    with pytest.raises(InvalidRecordError, match=r"line 1.*allocated_bytes"):
         read(path)
 
 

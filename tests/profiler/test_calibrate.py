@@ -220,6 +220,33 @@ def test_a_record_without_an_answer_is_left_out_by_name(tmp_path):
     assert [each.partition(":")[0] for each in left_out] == ["odd"]
 
 
+def test_a_request_without_its_defaults_is_read_with_them(tmp_path):
+    short = {"model": "openai-community/gpt2", "seq_len": 512}
+    path = written(
+        tmp_path,
+        Run(
+            id="short", origin="simulated", group="test", outcome="ok", environment=PLACE,
+            request=short, peak=Meters(allocated_bytes=2**30),
+        ),
+    )  # fmt: skip
+    (made,), left_out = calibrations([path], root=tmp_path, allow_simulated=True)
+    assert left_out == ()
+    assert [(each.tokens, each.seq_len) for each in made.strata] == [(512, 512)]
+
+
+@pytest.mark.parametrize(
+    ("peak", "limit"), [(Meters(allocated_bytes=0), None), (Meters(allocated_bytes=5), 0)]
+)
+def test_a_meter_or_a_limit_of_nothing_is_left_out_by_name(tmp_path, peak, limit):
+    nothing = Run(
+        id="nothing", origin="simulated", group="test", outcome="ok", environment=PLACE,
+        request=REQUEST, peak=peak, limit_bytes=limit,
+    )  # fmt: skip
+    path = written(tmp_path, run("1", 1.0), nothing)
+    _, left_out = calibrations([path], root=tmp_path, allow_simulated=True)
+    assert left_out == ("nothing: a meter or a limit of 0 bytes",)
+
+
 def test_records_without_any_answer_are_refused(tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_bytes(b"")
