@@ -89,28 +89,31 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=256)
-def choose(gpu: str | None, compute_capability: str) -> Chosen:
-    """Return the calibrations in use that speak about a card."""
+def choose(gpu: str | None, compute_capability: str, software: str) -> Chosen:
+    """Return the calibrations in use that speak about a card, of software as near as there is."""
     known = installed() if _in_use is None else _in_use
-    return chosen(known, gpu, compute_capability)
+    return chosen(known, gpu, compute_capability, software)
 
 
 KIN: Final = 1.5
 """How much wider the figures of another card of the same architecture are taken; a choice."""
 
 
-def device_constants(compute_capability: str, gpu: str | None = None) -> DeviceConstants:
+def device_constants(
+    compute_capability: str, gpu: str | None = None, software: str = ""
+) -> DeviceConstants:
     """Return the constants of a card: measured on it, on its kin, or taken from its architecture.
 
     Args:
         gpu: the catalogue's id of the card; an unknown architecture gets the constants of Ampere.
+        software: framework and version of the request.
     """
     hopper = compute_capability.startswith("9.")
     context, reason = _DATACENTER if compute_capability in ("8.0", "9.0", "10.0") else _CONSUMER
     prior = DeviceConstants(_HOPPER if hopper else _OTHERS, _CUBLAS, context, reason)
     if gpu is None:
         return prior
-    return _measured(choose(gpu, compute_capability), prior)
+    return _measured(choose(gpu, compute_capability, software), prior)
 
 
 def _measured(known: Chosen, prior: DeviceConstants) -> DeviceConstants:
@@ -293,7 +296,8 @@ def ranges(traits: Traits, gpu: str | None, compute_capability: str, confidence:
     Inside of what was measured on the very card its own residuals hold. Elsewhere the widest holds
     of what is known: the card's own, widened; its kin's, wider still; and what others published.
     """
-    known = choose(gpu, compute_capability)
+    software = dict(traits.choices).get("software", "")
+    known = choose(gpu, compute_capability, software)
 
     def spread(quantity: Quantity) -> Spread:
         return Spread(quantity, _parts(known, quantity, traits, confidence))
@@ -303,7 +307,7 @@ def ranges(traits: Traits, gpu: str | None, compute_capability: str, confidence:
     return Ranges(
         calibration=named.name if named is not None else "none",
         confidence=confidence,
-        constants=device_constants(compute_capability, gpu),
+        constants=device_constants(compute_capability, gpu, software),
         allocated=spread("allocated"),
         reserved=spread("reserved"),
         device_used=spread("device used"),

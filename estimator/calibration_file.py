@@ -6,7 +6,7 @@ quantiles, not a model: at run time a range is a lookup and a multiplication.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import log2
 from pathlib import Path
@@ -210,14 +210,57 @@ class Chosen(Struct, frozen=True):
     published: Calibration | None = None
 
 
-def chosen(calibrations: Iterable[Calibration], gpu: str | None, compute_capability: str) -> Chosen:
-    """Return those of some calibrations that speak about a card; of equals the last."""
-    own = kin = published = None
+def chosen(
+    calibrations: Iterable[Calibration],
+    gpu: str | None,
+    compute_capability: str,
+    software: str = "",
+) -> Chosen:
+    """Return those of some calibrations that speak about a card.
+
+    Of several for one card that with the nearest software is taken, and of equals the newest.
+
+    Args:
+        software: framework and version, as the choices of a stratum name them.
+    """
+    own, kin, published = [], [], []
     for each in calibrations:
         if each.gpu is None:
-            published = each
+            published.append(each)
         elif each.gpu == gpu:
-            own = each
+            own.append(each)
         elif each.compute_capability == compute_capability:
-            kin = each
-    return Chosen(own, kin, published)
+            kin.append(each)
+    return Chosen(*(_nearest(each, software) for each in (own, kin, published)))
+
+
+def _nearest(found: Sequence[Calibration], software: str) -> Calibration | None:
+    return max(found, key=lambda each: _nearness(each, software), default=None)
+
+
+def _nearness(each: Calibration, software: str) -> tuple[object, ...]:
+    """Return what is greater for the nearer of two calibrations.
+
+    First comes one that has runs of the software itself, then the one whose version of the
+    framework differs least, then the one with the higher versions.
+    """
+    framework, _, version = software.partition(" ")
+    ran = any(software in stratum.choices.get("software", ()) for stratum in each.strata)
+    apart = tuple(
+        -abs(asked - here)
+        for asked, here in zip(
+            version_numbers(version), version_numbers(each.stack.get(framework, "")), strict=False
+        )
+    )
+    newer = tuple(version_numbers(each.stack.get(name, "")) for name in ("torch", "transformers"))
+    return (ran, bool(apart), apart, newer, each.name)
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, which compare as versions do; none of a word.
+
+    Example:
+        >>> version_numbers("2.13") > version_numbers("2.9") > version_numbers("unknown")
+        True
+    """
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

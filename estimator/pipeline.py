@@ -44,7 +44,7 @@ from estimator.run import Run
 from estimator.techniques.kernels import COMPILATIONS
 from estimator.techniques.optimizers import cpu_offload
 from estimator.techniques.software import profile
-from estimator.traits import traits
+from estimator.traits import software_of, traits
 from estimator.verdict import judge
 
 Traces = dict[Regime, Trace]
@@ -288,7 +288,7 @@ def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
         source += f", less {hardware.reserved_by_others_bytes} bytes that others use"
     return Device(
         capacity=Capacity(name, usable, source),
-        constants=device_constants(capability, key),
+        constants=device_constants(capability, key, software_of(request)),
         key=key,
         compute_capability=capability,
         confidence=request.confidence,

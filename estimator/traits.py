@@ -22,9 +22,14 @@ def kind_of(request: EstimateRequest) -> Kind:
     return "full" if request.method.trains_base else "adapters"
 
 
+def software_of(request: EstimateRequest) -> str:
+    """Return the framework and its version."""
+    return f"{request.software.framework} {request.software.version}"
+
+
 def _choices(request: EstimateRequest) -> tuple[tuple[str, str], ...]:
     """Return every choice that decides about the tensors of a step, but for sizes."""
-    optimizer, software = request.optimizer, request.software
+    optimizer = request.optimizer
     how = " in backward" if optimizer.in_backward else ""
     autocast = f" with autocast {request.autocast}" if request.autocast else ""
     return (
@@ -38,5 +43,5 @@ def _choices(request: EstimateRequest) -> tuple[tuple[str, str], ...]:
         ("kernels", " and ".join(request.kernels) or "none"),
         ("fp8", request.fp8.name if request.fp8 else "none"),
         ("padding", "yes" if request.padding else "no"),
-        ("software", f"{software.framework} {software.version}"),
+        ("software", software_of(request)),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from estimator import calibration, calibration_file
 from estimator.calibration import KIN, NEEDED, UNMEASURED, WIDER, Part, Spread, Work
@@ -17,6 +18,7 @@ from estimator.calibration_file import (
     Constants,
     Stratum,
     Traits,
+    chosen,
     installed,
     read,
 )
@@ -129,6 +131,63 @@ class TestWhichFileSpeaks:
         constants = calibration.device_constants("9.0", "h200-141gb-sxm")
         assert constants.context == Range(450 * MiB, 600 * MiB, 900 * MiB)
         assert "another card of the same architecture" in constants.context_source.reason
+
+
+def of_stack(torch: str, transformers: str, software: str, gpu: str = "h100") -> Calibration:
+    """Return a calibration of one card whose runs all said that they are of some software."""
+    made = stratum(0.02)
+    made = structs.replace(made, choices={"software": (software,)})
+    name = f"{gpu}--torch-{torch}-transformers-{transformers}"
+    stack = {"torch": torch, "transformers": transformers}
+    return structs.replace(file(name, gpu, made), stack=stack)
+
+
+NINE = of_stack("2.9", "4.57", "transformers 5")
+THIRTEEN = of_stack("2.13", "5.23", "transformers 5")
+OLD = of_stack("2.9", "4.48", "transformers 4")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((NINE, THIRTEEN, OLD))))
+class TestOfSeveralStacksOnOneCard:
+    def test_torch_2_13_is_newer_than_2_9(self, order):
+        for software in ("transformers 5", "trl 1.16", ""):
+            assert chosen(order, "h100", "9.0", software).own is THIRTEEN
+
+    def test_one_that_ran_the_software_comes_before_a_newer_one(self, order):
+        assert chosen(order, "h100", "9.0", "transformers 4").own is OLD
+
+    def test_else_the_nearest_version_of_the_framework_is_taken(self, order):
+        assert chosen(order, "h100", "9.0", "transformers 4.45").own is OLD
+
+    def test_the_same_holds_for_a_card_of_its_kin(self, order):
+        assert chosen(order, "h200", "9.0", "transformers 5").kin is THIRTEEN
+        assert chosen(order, "h200", "9.0", "transformers 4").kin is OLD
+
+
+def test_a_stack_without_transformers_comes_last():
+    bare = structs.replace(of_stack("2.13", "unknown", "torchtune 0.6"), name="z")
+    assert chosen((NINE, bare), "h100", "9.0", "transformers 4.45").own is NINE
+
+
+def test_an_answer_takes_ranges_and_context_from_one_stack():
+    h100 = "h100-80gb-sxm5"
+    context = Range(1 * MiB, 2 * MiB, 3 * MiB)
+    old = structs.replace(
+        of_stack("2.9", "4.48", "transformers 4", h100), constants=Constants(context)
+    )
+    new = of_stack("2.13", "5.23", "transformers 5", h100)
+    request = {
+        "model": "gpt2",
+        "seq_len": 512,
+        "hardware": {"gpu": h100},
+        "software": {"framework": "transformers", "version": "4"},
+    }
+    with calibration.using(old, new):
+        found = estimate(request)
+        assert found.promises.calibration == old.name
+        assert any(old.name in each for each in found.assumptions)
+        del request["software"]
+        assert estimate(request).promises.calibration == new.name
 
 
 def test_a_kind_of_method_has_its_own_spread_where_there_is_one():
