@@ -123,7 +123,8 @@ def _measured(known: Chosen, prior: DeviceConstants) -> DeviceConstants:
         return prior
     context, reason = nearest.constants.context, f"measured on {nearest.gpu}: {nearest.name}"
     if context is not None and nearest is known.kin:
-        reason = f"{reason}, another card of the same architecture; taken {KIN - 1:.0%} wider"
+        reason = f"{reason}, another card of the same architecture; taken {KIN - 1:.0%} wider, "
+        reason += "a step that we chose and nothing measures"
         context = _stretched(context, KIN)
     workspace = nearest.constants.cublas_workspace
     return DeviceConstants(
@@ -147,6 +148,33 @@ WIDER: Final = 0.25
 UNMEASURED: Final = 0.25
 """The spread of a quantity that no record is about."""
 
+_CHOSEN: Final = "which we chose and nothing measures"
+WIDER_REASON: Final = Assumption(
+    f"a range grows by {WIDER:.0%} with each choice that no measured run had and with each "
+    f"doubling of a size beyond theirs: a step {_CHOSEN}"
+)
+KIN_REASON: Final = Assumption(
+    f"ranges of another card of the same architecture are taken {KIN - 1:.0%} wider: a step "
+    f"{_CHOSEN}"
+)
+UNMEASURED_REASON: Final = Assumption(
+    f"a quantity without any record is taken to lie within {UNMEASURED:.0%}: a width {_CHOSEN}"
+)
+
+
+def _tail(stratum: Stratum, confidence: float) -> tuple[Assumption, ...]:
+    """Return what is assumed of a confidence that so few rows do not give by themselves."""
+    level, _ = stratum.level(confidence)
+    if level <= stratum.supported:
+        return ()
+    return (
+        Assumption(
+            f"{stratum.quantity}: {stratum.rows} runs show what happens up to a confidence of "
+            f"{stratum.supported:.1%}; up to {100 * level:g}% larger errors are taken to become "
+            f"exponentially rarer, a course {_CHOSEN}"
+        ),
+    )
+
 
 class Work(Struct, frozen=True):
     """The micro-batch of a run [tokens], and its length [tokens]."""
@@ -156,13 +184,18 @@ class Work(Struct, frozen=True):
 
 
 class Part(Struct, frozen=True):
-    """One calibration's word on a quantity, before the micro-batch is known."""
+    """One calibration's word on a quantity, before the micro-batch is known.
+
+    Args:
+        assumed: what of the spread we chose.
+    """
 
     stratum: Stratum
     spread: float
     steps: float
     outside: tuple[str, ...]
     origin: str
+    assumed: tuple[Assumption, ...] = ()
 
     def at(self, work: Work) -> float:
         """Return the spread at one micro-batch and length; it never shrinks with either."""
@@ -188,9 +221,20 @@ class Spread(Struct, frozen=True):
         factor = 1 + self.at(work)
         return Range(round(expected / factor), expected, round(expected * factor))
 
+    def assumptions(self, work: Work) -> tuple[Assumption, ...]:
+        """Return what of the range is no measurement but a choice of ours."""
+        widest = self._widest(work)
+        if widest is None:
+            return (UNMEASURED_REASON,)
+        steps = (WIDER_REASON,) if widest.widening(work) > 1 else ()
+        return (*widest.assumed, *steps)
+
+    def _widest(self, work: Work) -> Part | None:
+        return max(self.parts, key=lambda part: part.at(work), default=None)
+
     def promise(self, work: Work) -> Promise:
         """Return what the range rests on, and how far the request lies outside of it."""
-        widest = max(self.parts, key=lambda part: part.at(work), default=None)
+        widest = self._widest(work)
         if widest is None:
             reason = f"{self.quantity}: no record; taken to be within {UNMEASURED:.0%}"
             return Promise(self.quantity, UNMEASURED, 0, 0, (), 1.0, reason)
@@ -269,17 +313,22 @@ class Ranges(Struct, frozen=True):
     def reasons(self, work: Work) -> tuple[str, ...]:
         """Return what each range rests on, and what is assumed beside it."""
         promised = tuple(each.reason for each in self.promises(work).ranges)
+        chosen = tuple(one.reason for each in self._spreads() for one in each.assumptions(work))
         needed = () if self.recoverable is not None else (NEEDED_REASON.reason,)
-        return (*promised, *needed, self.constants.context_source.reason)
+        context = self.constants.context_source.reason
+        return tuple(dict.fromkeys((*promised, *chosen, *needed, context)))
 
     def promises(self, work: Work) -> Promises:
         """Return what each range rests on, as the result document holds it."""
-        spreads = (self.allocated, self.reserved, self.device_used, self.recoverable)
         return Promises(
             self.calibration,
             self.confidence,
-            tuple(each.promise(work) for each in spreads if each is not None),
+            tuple(each.promise(work) for each in self._spreads()),
         )
+
+    def _spreads(self) -> tuple[Spread, ...]:
+        spreads = (self.allocated, self.reserved, self.device_used, self.recoverable)
+        return tuple(each for each in spreads if each is not None)
 
 
 NEEDED: Final = 1.03
@@ -328,7 +377,8 @@ def _parts(
         if calibration.gpu is not None:
             origin = f"{origin} on {calibration.gpu}"
         level = stratum.spread(confidence) * factor
-        found.append(Part(stratum, level, outside.steps, outside.reasons, origin))
+        assumed = (*_tail(stratum, confidence), *((KIN_REASON,) if factor > 1 else ()))
+        found.append(Part(stratum, level, outside.steps, outside.reasons, origin, assumed))
         if calibration is known.own and not outside.steps:
             break
     return tuple(found)

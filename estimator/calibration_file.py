@@ -81,11 +81,13 @@ class Stratum(Struct, frozen=True):
     seq_len: int
     choices: dict[str, tuple[str, ...]]
 
+    def level(self, confidence: float) -> tuple[float, float]:
+        """Return the lowest level that is at least as confident, and its spread."""
+        return next((each for each in self.levels if each[0] >= confidence), self.levels[-1])
+
     def spread(self, confidence: float) -> float:
         """Return the spread of the lowest level that is at least as confident."""
-        return next(
-            (spread for level, spread in self.levels if level >= confidence), self.levels[-1][1]
-        )
+        return self.level(confidence)[1]
 
     def outside(self, traits: Traits) -> Outside:
         """Return how far a request lies from these runs, whatever its batch."""

@@ -133,6 +133,52 @@ class TestWhichFileSpeaks:
         assert "another card of the same architecture" in constants.context_source.reason
 
 
+def steps_chosen(
+    traits: Traits, gpu: str | None, capability: str, confidence: float = 0.95, tokens: int = 100
+) -> tuple[bool, ...]:
+    """Return whether an answer says that it was widened, of another card, extrapolated."""
+    said = calibration.ranges(traits, gpu, capability, confidence).reasons(Work(tokens, 50))
+    ours = [each for each in said if "which we chose and nothing measures" in each]
+    words = ("each choice that no measured run had", "of another card", "exponentially rarer")
+    return tuple(any(word in each for each in ours) for word in words)
+
+
+@pytest.mark.usefixtures("two_files")
+class TestWhatOfARangeWeChose:
+    ODD = Traits("full", 1000, (("software", "torchtune 0.3"),))
+    H100 = ("h100-80gb-sxm5", "9.0")
+
+    def test_a_request_like_the_runs_of_its_card_has_none_of_it(self):
+        assert steps_chosen(LIKE, *self.H100) == (False, False, False)
+
+    def test_the_step_for_a_choice_that_no_run_had_is_told(self):
+        assert steps_chosen(self.ODD, *self.H100) == (True, False, False)
+
+    def test_and_so_is_that_for_more_tokens_than_they_had(self):
+        assert steps_chosen(LIKE, *self.H100, tokens=101) == (True, False, False)
+
+    def test_a_confidence_beyond_the_runs_is_told_with_both_numbers(self):
+        assert steps_chosen(LIKE, *self.H100, confidence=0.98) == (False, False, True)
+        (said,) = calibration.ranges(LIKE, *self.H100, 0.98).allocated.assumptions(WORK)
+        assert "60 runs show what happens up to a confidence of 98.0%; up to 99% " in said.reason
+
+    def test_a_quantity_without_records_is_told(self):
+        said = calibration.ranges(LIKE, None, "8.9", 0.95).reasons(WORK)
+        assert any(
+            "without any record is taken to lie within 25%: a width" in each for each in said
+        )
+
+    def test_the_step_for_another_card_is_told_where_its_range_holds(self):
+        """Here published runs are wider than those of the other card, and nothing is assumed."""
+        assert steps_chosen(LIKE, "h200-141gb-sxm", "9.0") == (False, False, False)
+        with calibration.using(structs.replace(H100, strata=(stratum(0.09),)), PUBLISHED):
+            assert steps_chosen(LIKE, "h200-141gb-sxm", "9.0") == (False, True, False)
+
+    def test_a_context_of_another_card_says_that_its_width_is_a_choice(self):
+        constants = calibration.device_constants("9.0", "h200-141gb-sxm")
+        assert "50% wider, a step that we chose" in constants.context_source.reason
+
+
 def of_stack(torch: str, transformers: str, software: str, gpu: str = "h100") -> Calibration:
     """Return a calibration of one card whose runs all said that they are of some software."""
     made = stratum(0.02)
