@@ -359,7 +359,7 @@ def ranges(traits: Traits, gpu: str | None, compute_capability: str, confidence:
         constants=device_constants(compute_capability, gpu, software),
         allocated=spread("allocated"),
         reserved=spread("reserved"),
-        device_used=spread("device used"),
+        device_used=spread("device-used"),
         recoverable=recoverable if recoverable.parts else None,
     )
 

@@ -10,20 +10,20 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import log2
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
 
 from estimator.catalog.folder import data_folder
 from estimator.errors import InvalidCalibrationError
-from estimator.record import Origin
+from estimator.record import Meter, Origin
 from estimator.result import Range
 
 SCHEMA: Final = "calibration/v1"
 FOLDER: Final = "calibration"
 
-Quantity = Literal["allocated", "reserved", "device used", "needed"]
+Quantity = Literal[Meter, "needed"]
 Kind = Literal["full", "adapters", "quantized"]
 
 
@@ -178,11 +178,36 @@ def read(path: Path) -> Calibration:
         InvalidCalibrationError: the file cannot be read, or is no calibration.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+        content = path.read_bytes()
+        if _OLD_SPELLING in content:
+            return msgspec.convert(_respelled(msgspec.json.decode(content)), Calibration)
+        return msgspec.json.decode(content, type=Calibration)
     except OSError as error:
         raise InvalidCalibrationError(f"{path} cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidCalibrationError(f"{path}: not a calibration: {error}") from error
+
+
+_OLD_SPELLING: Final = b'"device used"'
+"""How older files spell a quantity that is `device-used` on every door."""
+
+
+def _respelled(document: Any) -> Any:
+    """Return the content of an older file with today's names of quantities."""
+    if not isinstance(document, dict):
+        return document
+    renamed = dict(document)
+    for field in ("strata", "held_out"):
+        rows = document.get(field)
+        if isinstance(rows, list):
+            renamed[field] = [_renamed(each) for each in rows]
+    return renamed
+
+
+def _renamed(row: Any) -> Any:
+    if isinstance(row, dict) and row.get("quantity") == "device used":
+        return {**row, "quantity": "device-used"}
+    return row
 
 
 def encode(calibration: Calibration) -> bytes:

@@ -9,13 +9,14 @@ from msgspec import Struct
 from estimator.errors import InvalidRequestError
 from estimator.oom_message import OomMessage
 from estimator.out_of_memory import least_bytes
+from estimator.record import Meter
 from estimator.request import EstimateRequest, convert_request, decode_document
 from estimator.result import Range
 from estimator.section import Section
 from estimator.units import MiB, parse_size
 
-Meter = Literal["allocated", "reserved", "device-used", "nvidia-smi"]
-METERS: Final[dict[Meter, str]] = {
+CardMeter = Literal[Meter, "nvidia-smi"]
+METERS: Final[dict[CardMeter, str]] = {
     "allocated": "torch.cuda.max_memory_allocated",
     "reserved": "torch.cuda.max_memory_reserved",
     "device-used": "device memory in use by the process",
@@ -34,7 +35,7 @@ class Measurement(Section, frozen=True):
 
     request: EstimateRequest | None = None
     measured: str | int | None = None
-    meter: Meter | None = None
+    meter: CardMeter | None = None
     message: str | None = None
 
 
@@ -48,7 +49,7 @@ class Reading(Struct, frozen=True):
     """
 
     written: str
-    meter: Meter
+    meter: CardMeter
     bytes: Range
     bound: Literal["reading", "at_least"] = "reading"
 

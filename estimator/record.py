@@ -20,7 +20,7 @@ from estimator.section import SizeBytes
 
 SCHEMA: Final = "measurement/v1"
 
-Meter = Literal["allocated", "reserved", "device used"]
+Meter = Literal["allocated", "reserved", "device-used"]
 Origin = Literal["measured", "published", "simulated"]
 Outcome = Literal["ok", "out_of_memory", "error"]
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from estimator.dtypes import DType
 from estimator.errors import EstimatorError
 from estimator.hypotheses import Change, Plausibility, changed, changes, document_of
-from estimator.measurement import Meter, Reading
+from estimator.measurement import CardMeter, Reading
 from estimator.memory.caching_allocator import AllocatorSettings
 from estimator.memory.standing import step_temporaries
 from estimator.model.spec import Module
@@ -106,7 +106,7 @@ class Case:
         return max(0.0, 1.0 - left / abs(self.gap)) if self.gap else 0.0
 
 
-def at_meter(peak: Peak, meter: Meter) -> Range:
+def at_meter(peak: Peak, meter: CardMeter) -> Range:
     """Return the range of what a meter reads."""
     if meter == "allocated":
         return peak.allocated_bytes
@@ -232,7 +232,7 @@ def _second_list(case: Case) -> Iterator[Term]:
 def _meters(case: Case) -> Iterator[Term]:
     """Yield the readings of the other meters: one is easily taken for another."""
     own = case.predicted.expected
-    others: tuple[tuple[Meter, str, Plausibility], ...] = (
+    others: tuple[tuple[CardMeter, str, Plausibility], ...] = (
         ("allocated", "the number is what tensors hold (max_memory_allocated)", "sometimes"),
         ("reserved", "the number is what the allocator holds (max_memory_reserved)", "often"),
         ("device-used", "the number is device memory in use, CUDA context included", "often"),

@@ -295,7 +295,7 @@ def _of_run(run: Run, expected: Expected) -> Iterator[Residual]:
     pairs: tuple[tuple[Quantity, int | None, int], ...] = (
         ("allocated", run.peak.allocated_bytes, expected.allocated),
         ("reserved", run.peak.reserved_bytes, expected.reserved),
-        ("device used", run.peak.device_used_bytes, expected.device_used),
+        ("device-used", run.peak.device_used_bytes, expected.device_used),
     )
     for quantity, value, against in pairs:
         if value is not None:
@@ -354,9 +354,9 @@ def _with_kin(residuals: Sequence[Residual], quantity: Quantity) -> list[Residua
     what decides their errors: the blocks that the allocator keeps.
     """
     own = [each for each in residuals if each.quantity == quantity]
-    if len(own) >= LEAST_ROWS or quantity not in ("reserved", "device used"):
+    if len(own) >= LEAST_ROWS or quantity not in ("reserved", "device-used"):
         return own
-    return [each for each in residuals if each.quantity in ("reserved", "device used")]
+    return [each for each in residuals if each.quantity in ("reserved", "device-used")]
 
 
 def _stratum(quantity: Quantity, kind: Kind | None, rows: Sequence[Residual]) -> Stratum:

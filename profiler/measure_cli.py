@@ -143,7 +143,7 @@ def summary(run: Run, predicted: Result | None) -> str:
         "allocated": run.peak.allocated_bytes,
         "requested": run.peak.requested_bytes,
         "reserved": run.peak.reserved_bytes,
-        "device used": run.peak.device_used_bytes,
+        "device-used": run.peak.device_used_bytes,
     }
     through = run.outcome == "ok"
     lines += [_line(name, size, expected.get(name), through) for name, size in found.items()]
@@ -168,7 +168,7 @@ def _expected(predicted: Result | None) -> dict[str, int]:
     return {
         "allocated": peak.allocated_bytes.expected,
         "reserved": peak.reserved_bytes.expected,
-        "device used": peak.device_used_bytes.expected,
+        "device-used": peak.device_used_bytes.expected,
     }
 
 

@@ -13,7 +13,7 @@ from benchmarks.accuracy.summary import grouped
 from estimator.units import GiB
 
 # A palette that colour-blind readers can tell apart; each has a shape of its own as well.
-COLOURS: Final = {"allocated": "#0072b2", "reserved": "#d55e00", "device used": "#009e73"}
+COLOURS: Final = {"allocated": "#0072b2", "reserved": "#d55e00", "device-used": "#009e73"}
 FONT: Final = 'font-family="sans-serif" font-size="12"'
 LEFT, RIGHT, TOP, ROW = 270, 30, 34, 26
 WIDTH: Final = 820

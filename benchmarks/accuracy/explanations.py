@@ -90,7 +90,7 @@ def _unknown_card(comparison: Comparison) -> str | None:
 
 def _cache(comparison: Comparison) -> str | None:
     """The driver's figure holds the blocks that the allocator keeps, the tensors' does not."""
-    if comparison.meter != "device used":
+    if comparison.meter != "device-used":
         return None
     tensors = next(
         (value for meter, value in readings(comparison.run.row) if meter == "allocated"), None

@@ -10,7 +10,7 @@ from estimator.record import Meter as Meter
 from estimator.result import Peak, Range
 from estimator.units import GiB, MiB
 
-METER_ORDER: Final[tuple[Meter, ...]] = ("allocated", "reserved", "device used")
+METER_ORDER: Final[tuple[Meter, ...]] = ("allocated", "reserved", "device-used")
 
 # The beginning of a row's `metric`, and the quantity that it reads.
 METERS: Final[dict[str, Meter]] = {
@@ -18,14 +18,14 @@ METERS: Final[dict[str, Meter]] = {
     "max_memory_reserved": "reserved",
     # torchtune's README says of the same table, at commit 5cbc1967b: max_memory_reserved.
     "peak_memory (torchtune memory_stats": "reserved",
-    "nvidia-smi": "device used",
-    "nvml used": "device used",
-    "mem_get_info_device_used": "device used",
+    "nvidia-smi": "device-used",
+    "nvml used": "device-used",
+    "mem_get_info_device_used": "device-used",
 }
 
 # Other meters of the same run: the key in `alt_metrics`, the quantity, the bytes of its unit.
 ALTERNATIVES: Final[dict[str, tuple[Meter, int]]] = {
-    "nvidia_smi_mib": ("device used", MiB),
+    "nvidia_smi_mib": ("device-used", MiB),
     "reserved_gib": ("reserved", GiB),
     "peak_reserved_gb": ("reserved", 10**9),
 }
@@ -52,6 +52,6 @@ def estimated(peak: Peak, meter: Meter) -> Range:
     quantities = {
         "allocated": peak.allocated_bytes,
         "reserved": peak.reserved_bytes,
-        "device used": peak.device_used_bytes,
+        "device-used": peak.device_used_bytes,
     }
     return quantities[meter]

@@ -80,7 +80,7 @@ def _of_run(run: Run) -> Iterator[Point]:
     readings: tuple[tuple[Meter, int | None], ...] = (
         ("allocated", run.peak.allocated_bytes),
         ("reserved", run.peak.reserved_bytes),
-        ("device used", run.peak.device_used_bytes),
+        ("device-used", run.peak.device_used_bytes),
     )
     group = f"{run.group} on {run.environment.gpu_id or run.environment.gpu}"
     for meter, value in readings:

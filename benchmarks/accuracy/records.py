@@ -49,5 +49,5 @@ def _meters(run: Answered) -> Meters:
     return Meters(
         allocated_bytes=values.get("allocated"),
         reserved_bytes=values.get("reserved"),
-        device_used_bytes=values.get("device used"),
+        device_used_bytes=values.get("device-used"),
     )

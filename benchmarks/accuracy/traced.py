@@ -50,7 +50,7 @@ class Traced(Struct, frozen=True):
         readings = {
             "allocated": self.allocated_bytes,
             "reserved": self.reserved_bytes,
-            "device used": self.device_used_bytes,
+            "device-used": self.device_used_bytes,
         }
         return readings[meter]
 

@@ -237,7 +237,7 @@ def _four_quantities(result: Result) -> tuple[tuple[str, Range], ...]:
     return (
         ("allocated", peak.allocated_bytes),
         ("reserved", peak.reserved_bytes),
-        ("device used", peak.device_used_bytes),
+        ("device-used", peak.device_used_bytes),
         ("needed", peak.needed_bytes),
         ("host", peak.host_bytes),
     )

@@ -16,6 +16,7 @@ from estimator.calibration import KIN, NEEDED, UNMEASURED, WIDER, Part, Spread, 
 from estimator.calibration_file import (
     Calibration,
     Constants,
+    HeldOut,
     Stratum,
     Traits,
     chosen,
@@ -23,6 +24,7 @@ from estimator.calibration_file import (
     read,
 )
 from estimator.errors import InvalidCalibrationError
+from estimator.measurement import METERS
 from estimator.result import Range
 from estimator.service import estimate
 from estimator.units import GiB, MiB
@@ -305,9 +307,14 @@ def test_every_answer_names_its_calibration_and_confidence():
     assert {each.quantity for each in found.promises.ranges} >= {
         "allocated",
         "reserved",
-        "device used",
+        "device-used",
     }
     assert all(each.reason in found.assumptions for each in found.promises.ranges)
+
+
+def test_a_range_is_named_as_the_meter_that_reconcile_takes():
+    named = {each.quantity for each in estimate({"model": "gpt2"}).promises.ranges}
+    assert named - {"needed"} == METERS.keys() - {"nvidia-smi"}
 
 
 def test_the_files_that_came_with_the_project_can_be_read():
@@ -321,6 +328,17 @@ def test_a_broken_file_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(InvalidCalibrationError, match=r"broken\.json"):
         read(path)
+
+
+def test_a_file_with_the_old_spelling_of_a_quantity_is_read(tmp_path):
+    """Files of before said "device used" where `estimate reconcile` says "device-used"."""
+    new = file("a", None, stratum(0.1, quantity="device-used"))
+    new = structs.replace(new, held_out=(HeldOut("device-used", 0.95, 3, 2),))
+    old = calibration_file.encode(new).replace(b'"device-used"', b'"device used"')
+    assert old.count(b"device used") == 2
+    path = tmp_path / "old.json"
+    path.write_bytes(old)
+    assert read(path) == new
 
 
 def test_what_was_written_is_read_back(tmp_path):

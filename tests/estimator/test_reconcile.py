@@ -57,7 +57,7 @@ def test_trl_casting_back_explains_the_baseline_of_fms(published, batch):
 
 def test_gradients_that_nobody_clears_explain_the_baseline_of_usamec(published):
     # Its script gives the layers to the optimizer and leaves the tied embeddings as they are.
-    row = published["usamec-llama3.2-1b-fp32-adafactor", "device used"]
+    row = published["usamec-llama3.2-1b-fp32-adafactor", "device-used"]
     frozen = changed(row.run.request, {"/method/freeze_others": True})
     found = asked(frozen.to_dict(), round(row.measured), "device-used")
     assert ("others not frozen",) in [each.terms for each in found.hypotheses]
@@ -84,7 +84,7 @@ def test_decimal_units_are_told_from_binary_ones(published):
 
 def test_the_driver_s_number_taken_for_the_tensors_is_a_meter_confused(published):
     # One run, two meters: 24.87 GiB allocated, 28.88 GiB in nvidia-smi.
-    row = published["fms-main-mistral7b-lora-none-bs4-1gpu", "device used"]
+    row = published["fms-main-mistral7b-lora-none-bs4-1gpu", "device-used"]
     found = asked(row.run.request.to_dict(), round(row.measured), "allocated")
     named = {name for each in found.hypotheses for name in each.terms}
     assert named & {"meter: device-used", "meter: reserved"}

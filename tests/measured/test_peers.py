@@ -40,10 +40,10 @@ EXCEPTIONS = {
     ("hf-vram-calc", "torchtune-docs-tutorials", "reserved"),
     ("torch-preflight", "torchtune-docs-tutorials", "reserved"),
     ("vramcalc", "torchtune-docs-tutorials", "reserved"),
-    ("hf-vram-calc", "usamec", "device used"),
+    ("hf-vram-calc", "usamec", "device-used"),
     ("torch-preflight", "torchao-docs", "allocated"),
     ("training-hub", "torchtune-docs-tutorials", "reserved"),
-    ("training-hub", "usamec", "device used"),
+    ("training-hub", "usamec", "device-used"),
     ("vramcalc", "torchtune-readme-llama2-2024", "reserved"),
 }
 

@@ -81,10 +81,10 @@ def test_a_stratum_of_its_own_needs_rows_and_groups():
 
 
 def test_what_is_reserved_and_what_the_device_shows_help_each_other_out():
-    rows = [residual(1.1, "a", "reserved")] * 5 + [residual(1.3, "b", "device used")] * 6
+    rows = [residual(1.1, "a", "reserved")] * 5 + [residual(1.3, "b", "device-used")] * 6
     assert {each.quantity: each.rows for each in strata(rows)} == {
         "reserved": 11,
-        "device used": 11,
+        "device-used": 11,
     }
 
 

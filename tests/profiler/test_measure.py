@@ -495,7 +495,7 @@ def test_the_command_shows_the_meters_beside_the_prediction(document: str, tmp_p
     lines = outcome.stdout.splitlines()
     assert lines[0] == "simulated GeForce RTX 4090, simulated: 2 steps, ok"
     shown = {line[:22].strip(): line.split()[-1] for line in lines if line.endswith("%")}
-    assert {"allocated", "reserved", "device used", "backward", "optimizer step"} <= set(shown)
+    assert {"allocated", "reserved", "device-used", "backward", "optimizer step"} <= set(shown)
     # The analytic engine and the dry run agree within 1 % here as everywhere.
     assert abs(float(shown["allocated"].rstrip("%"))) < 1
     (run,) = read(out)

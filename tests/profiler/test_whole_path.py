@@ -67,7 +67,7 @@ def test_every_quantity_has_a_spread(made):
     assert rows["allocated"][0] == 3
     assert rows["allocated"][1] < 0.01
     assert rows["needed"][0] == 1
-    assert {"reserved", "device used"} <= rows.keys()
+    assert {"reserved", "device-used"} <= rows.keys()
 
 
 def test_the_context_is_that_of_the_card(made):
@@ -95,7 +95,7 @@ def test_with_it_the_ranges_hold_the_runs_it_was_made_from(records, made):
 
 def test_the_page_counts_the_records(records):
     points: tuple[Point, ...] = recorded(runs(read(records)))
-    assert {each.meter for each in points} == {"allocated", "reserved", "device used"}
+    assert {each.meter for each in points} == {"allocated", "reserved", "device-used"}
     assert all(abs(each.error) < 0.01 for each in points if each.meter == "allocated")
     table = "\n".join(summary.by_source(points, 0.05))
     assert f"| test on {GPU} | allocated | 3 |" in table

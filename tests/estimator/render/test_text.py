@@ -39,13 +39,13 @@ def test_the_printed_rows_add_up_to_the_printed_sum(result):
     (whole,) = (size for name, size in rows if name.startswith("sum"))
     assert sum(size for name, size in rows if name in components) == whole
     details = (
-        size for name, size in rows if name not in components | {"sum = device used, expected"}
+        size for name, size in rows if name not in components | {"sum = device-used, expected"}
     )
     assert sum(details) == whole
 
 
 def test_the_sum_says_which_quantity_it_is(result):
-    assert "sum = device used, expected" in to_text(result, Page(width=100))
+    assert "sum = device-used, expected" in to_text(result, Page(width=100))
 
 
 def test_small_rows_are_counted_together(result):
@@ -57,7 +57,7 @@ def test_a_quantity_that_nobody_models_is_a_dash(result):
     assert re.search(r"^ *host +- +- +-$", to_text(unknown), re.MULTILINE)
 
 
-@pytest.mark.parametrize("quantity", ["allocated", "reserved", "device used", "host"])
+@pytest.mark.parametrize("quantity", ["allocated", "reserved", "device-used", "host"])
 def test_each_quantity_has_low_expected_and_high(result, quantity):
     line = next(line for line in to_text(result).splitlines() if line.strip().startswith(quantity))
     assert line.count("GiB") == 3
