@@ -49,6 +49,7 @@ from estimator.verdict import judge
 
 Traces = dict[Regime, Trace]
 
+KEPT_REPLAYS = 16
 SORTED_EMBEDDING_TOKENS = 3072
 FUSED_4BIT_TOKENS = 1536
 
@@ -140,7 +141,7 @@ class Engine:
         self._steps: dict[Regime, Step] = {}
         # The same run uncompiled, which dynamo may fall back to.
         self.eager: Engine | None = None
-        self._replayed: tuple[tuple[int, int, int, int | None], Blocks] | None = None
+        self._replays = lru_cache(maxsize=KEPT_REPLAYS)(self._replay)
 
     def step(self, micro_batch_size: int, seq_len: int) -> Step:
         """Return the moments of the step in the regime of this micro-batch and length."""
@@ -211,15 +212,15 @@ class Engine:
         return reading.needed(device.ranges(self.recipe), work)
 
     def blocks(self, micro_batch_size: int, seq_len: int, device: Device) -> Blocks:
-        """Replay the run through the caching allocator; the latest replay is kept."""
-        workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
-        key = (micro_batch_size, seq_len, workspace, capacity)
-        if self._replayed is None or self._replayed[0] != key:
-            regime = self._regime(micro_batch_size, seq_len)
-            at = powers(*self.numbers(micro_batch_size, seq_len))
-            found = blocks(self.run, regime, at, workspace, capacity)
-            self._replayed = (key, found)
-        return self._replayed[1]
+        """Replay the run through the caching allocator; the latest replays are kept."""
+        workspace = device.constants.cublas_workspace
+        return self._replays(micro_batch_size, seq_len, workspace, _left_to_tensors(device))
+
+    def _replay(
+        self, micro_batch_size: int, seq_len: int, workspace: int, capacity: int | None
+    ) -> Blocks:
+        at = powers(*self.numbers(micro_batch_size, seq_len))
+        return blocks(self.run, self._regime(micro_batch_size, seq_len), at, workspace, capacity)
 
     def reserved(
         self,

@@ -12,7 +12,7 @@ from benchmarks.accuracy.comparison import Answers
 from benchmarks.accuracy.points import Point
 from benchmarks.accuracy.statistics import upper_bound
 from estimator.catalog import Access
-from estimator.pipeline import answer, device_of
+from estimator.pipeline import device_of, engine_for
 from estimator.record import Run
 from estimator.request import EstimateRequest, parse_request
 from estimator.result import Verdict
@@ -79,7 +79,8 @@ def _verdict(request: EstimateRequest, limit: int, *, least: bool) -> Verdict:
     memory = limit + (context.low if least else context.expected)
     limited = replace(request, hardware=replace(request.hardware, memory_bytes=memory))
     model = model_config(limited, Access.CATALOGUE)
-    return answer(limited, model.config, model.id, gpu).verdict
+    engine = engine_for(limited, model.config, model.id)
+    return engine.verdict(limited.micro_batch_size, limited.seq_len, device_of(gpu, limited))
 
 
 def table(judged: Sequence[Judged]) -> Iterator[str]:
