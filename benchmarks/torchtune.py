@@ -1,8 +1,10 @@
-"""Dry runs of torchtune's own modules: `python -m benchmarks.torchtune FOLDER VERSION`.
+"""Dry runs of torchtune's own modules: `python -m benchmarks.torchtune FOLDER VERSION [OLD]`.
 
 FOLDER holds the package `torchtune` of one version: an unpacked wheel or a checkout. Nothing of it
 is installed, because its dependencies do not go with ours; only its modules and builders are
-imported, and torchao's NF4 tensors under their old name. The requests of
+imported, and torchao's NF4 tensors under their old name. OLD holds `bitsandbytes` 0.43 and
+`low_bit_optim` of torchao in September 2024, whose states versions before 0.6 have; for 0.6 the
+installed libraries are right. The requests of
 `data/measurements/torchtune.json` are run with the recipe's loop under the profiler's meter, and
 what they take is written back there.
 """
@@ -15,13 +17,15 @@ import json
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from estimator.pipeline import device_of
 from estimator.request import EstimateRequest, parse_request
@@ -37,20 +41,22 @@ MULTIPROCESSORS: Final = 108
 CHUNKS: Final = 8
 # Packages whose own `__init__` asks for tokenizers and data sets.
 _HOLLOW: Final = ("utils", "models", "models.llama2", "models.mistral", "training", "data")
+LowBitClasses = dict[str, Callable[[Any], Any]]
 _BUILDERS: Final = "torchtune.models.llama2._component_builders"
 _NF4: Final = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
 
 
-def main(folder: str, release: str) -> None:
+def main(folder: str, release: str, old: str | None = None) -> None:
     """Run every request of one version and write down what it takes."""
     _import_modules(Path(folder) / "torchtune")
+    low_bit = _low_bit_classes(Path(old) if old else None)
     document = json.loads(RECORDS.read_text(encoding="utf-8"))
     document["versions"] = {name: version(name) for name in ("torch", "torchao")}
     for record in document["runs"]:
         request = parse_request(record["request"])
         if request.software.version != release:
             continue
-        model, reading = dry_run(request)
+        model, reading = dry_run(request, low_bit)
         parameters = list(model.parameters())
         record["total_parameters"] = sum(each.numel() for each in parameters)
         record["trainable_parameters"] = sum(
@@ -63,7 +69,7 @@ def main(folder: str, release: str) -> None:
     RECORDS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def dry_run(request: EstimateRequest) -> tuple[Any, trace.Reading]:
+def dry_run(request: EstimateRequest, low_bit: LowBitClasses) -> tuple[Any, trace.Reading]:
     """Run two steps of a request on fake tensors; return the model and what the second read."""
     early = request.software.version == "0.1"
     model = _built(request)
@@ -77,7 +83,7 @@ def dry_run(request: EstimateRequest) -> tuple[Any, trace.Reading]:
     try:
         with warnings.catch_warnings(), FakeTensorMode(), cuda_semantics(CAPABILITY):
             warnings.simplefilter("ignore")
-            return model, _measured(request, model, early)
+            return model, _measured(request, model, early, low_bit)
     finally:
         gc.enable()
 
@@ -166,9 +172,70 @@ def _place(model: Any) -> None:
     place(model, "cpu", fake=True)
 
 
-def _measured(request: EstimateRequest, model: Any, early: bool) -> trace.Reading:
+def _low_bit_classes(old: Path | None) -> LowBitClasses:
+    """Return the low-bit optimizers, those of a folder where one is given.
+
+    Their own `__init__` asks for a card or for names that the installed libraries lack.
+    """
+    if old is None:
+        torchao, bitsandbytes = "torchao.optim.adam", "bitsandbytes.optim"
+        return _classes(torchao, bitsandbytes)
+    with _instead("bitsandbytes", old), _instead("low_bit_optim", old):
+        return _classes("low_bit_optim.adam", "bitsandbytes.optim")
+
+
+def _classes(torchao: str, bitsandbytes: str) -> LowBitClasses:
+    adam, optim = importlib.import_module(torchao), importlib.import_module(bitsandbytes)
+    return {
+        "adamw_8bit": lambda groups: optim.AdamW(groups, optim_bits=8),
+        "adamw_torch_8bit": adam.AdamW8bit,
+        "adamw_torch_4bit": adam.AdamW4bit,
+    }
+
+
+@contextmanager
+def _instead(name: str, folder: Path) -> Iterator[None]:
+    """Let a package be that of a folder for a moment, without its own `__init__`."""
+
+    def taken_out() -> dict[str, Any]:
+        mine = [each for each in sys.modules if each.partition(".")[0] == name]
+        return {each: sys.modules.pop(each) for each in mine}
+
+    installed = taken_out()
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [str(folder / name)]
+    try:
+        yield
+    finally:
+        taken_out()
+        sys.modules.update(installed)
+
+
+def _optimizer(model: Any, request: EstimateRequest, low_bit: LowBitClasses) -> Any:
+    """Return the optimizer as the recipes make it: nothing but the parameters is said.
+
+    The steps of low-bit ones are kernels in place, compiled by torchao and foreign to fake tensors
+    in bitsandbytes.
+    """
+    name = request.optimizer.name
+    if name not in low_bit:
+        return optimizers.build(model, request)
+    with unset_fake_temporarily():
+        # The code books are computed from data, by bitsandbytes when the optimizer is built.
+        optimizer = low_bit[name](list(model.parameters()))
+        optimizer.__dict__.setdefault("name2qmap", {})
+        books = {key: table.numel() for key, table in optimizer.name2qmap.items()}
+    if books:
+        optimizer.name2qmap = {key: torch.ones(size) for key, size in books.items()}
+        optimizer.update_step = lambda *_: None
+    return optimizer
+
+
+def _measured(
+    request: EstimateRequest, model: Any, early: bool, low_bit: LowBitClasses
+) -> trace.Reading:
     _place(model)
-    optimizer = optimizers.build(model, request)
+    optimizer = _optimizer(model, request, low_bit)
     workspace = device_of(None, request).constants.cublas_workspace
     meter = Meter(layers="layers", workspaces=Workspaces(CAPABILITY, MULTIPROCESSORS, workspace))
     optimizers.announce(optimizer, meter)
@@ -189,7 +256,8 @@ def _measured(request: EstimateRequest, model: Any, early: bool) -> trace.Readin
                 ):
                     meter.drop(value)
                 else:
-                    meter.own(value, parameter, "optimizer_states")
+                    for part in quantized.parts(value).values():
+                        meter.own(part, parameter, "optimizer_states")
         meter.begin_steady_step()
         _step(request, model, optimizer, meter, early)
     return trace.read(meter.recorded())
@@ -221,7 +289,11 @@ def _step(request: EstimateRequest, model: Any, optimizer: Any, meter: Meter, ea
         if early:
             del logits
     meter.phase(trace.OPTIMIZER_STEP)
-    optimizer.step()
+    with (
+        patch.object(torch, "compile", lambda *_, **__: lambda *_: None),
+        patch.object(torch.cuda, "synchronize", lambda *_: None),
+    ):
+        optimizer.step()
     meter.phase(trace.OPTIMIZER_STEP)
     optimizer.zero_grad(set_to_none=True)
 

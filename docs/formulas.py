@@ -79,7 +79,7 @@ _SMALL: Final = 1024
 def _trained(dtype: DType) -> tuple[Trained, ...]:
     """Return matrices of two sizes, so that a share of all differs from one of the largest."""
     return tuple(
-        Trained("linear.weight", rows * _LARGE, dtype, rows, _LARGE, in_embedding=False, count=3)
+        Trained("linear.weight", rows * _LARGE, dtype, rows, _LARGE, keeps_32bit=False, count=3)
         for rows in (_LARGE, _SMALL)
     )
 

@@ -189,6 +189,7 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
         implementation,
         master_weights=False,
         in_backward=asked.in_backward or row.fused_backward or asked.offload_gradients,
+        low_bit=profile(request.software.framework, request.software.version).low_bit,
     )
 
 

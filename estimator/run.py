@@ -9,6 +9,32 @@ from estimator.eager.checkpoint import Checkpointing
 from estimator.model.forward import Settings
 from estimator.model.spec import ModelSpec
 from estimator.optimizer import Optimizer
+from estimator.sources import Cite
+
+
+class Block(Struct, frozen=True):
+    """Values that share one scale in a low-bit state, and where that is read if not at the row."""
+
+    values: int
+    source: Cite | None = None
+
+
+class LowBit(Struct, frozen=True):
+    """What low-bit states look like, as far as the loop and the libraries' versions decide.
+
+    The defaults are what HF's Trainer makes of bitsandbytes 0.50 and torchao 0.18.
+
+    Args:
+        bitsandbytes: the block of bitsandbytes' 8-bit states.
+        torchao_8bit: that of torchao's 8-bit and fp8 ones.
+        torchao_4bit: that of its 4-bit ones.
+        tables_in_32bit: bitsandbytes is told to keep 32-bit states for embedding tables.
+    """
+
+    bitsandbytes: Block = Block(256)
+    torchao_8bit: Block = Block(256)
+    torchao_4bit: Block = Block(256)
+    tables_in_32bit: bool = True
 
 
 class OptimizerChoice(Struct, frozen=True):
@@ -21,6 +47,7 @@ class OptimizerChoice(Struct, frozen=True):
         in_backward: parameters are updated while backward runs, and gradients dropped.
         of_blocks: the weights that it updates take turns, and are one group.
         main_gradients: gradients are added up in fp32 tensors that are there all the time.
+        low_bit: what its low-bit states look like.
     """
 
     asked: Optimizer
@@ -29,6 +56,7 @@ class OptimizerChoice(Struct, frozen=True):
     in_backward: bool = False
     main_gradients: bool = False
     of_blocks: bool = False
+    low_bit: LowBit = LowBit()
 
     @property
     def name(self) -> str:

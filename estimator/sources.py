@@ -373,6 +373,11 @@ SOURCES: Final[dict[str, Source]] = {
         "bitsandbytes 0.50.2, 4-bit and 8-bit layers, 8-bit optimizers",
         "https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes",
     ),
+    "bitsandbytes-0-43": Source(
+        "code",
+        "bitsandbytes 0.43.3, 8-bit optimizers",
+        "https://github.com/bitsandbytes-foundation/bitsandbytes/tree/0.43.3",
+    ),
     "liger": Source(
         "code",
         "Liger-Kernel 0.8.5, Triton kernels and the functions around them",
@@ -402,6 +407,12 @@ SOURCES: Final[dict[str, Source]] = {
         "code",
         "torchao 0.18.0, quantized tensors and float8 training",
         "https://github.com/pytorch/ao/blob/v0.18.0/torchao",
+    ),
+    "torchao-2024-09": Source(
+        "code",
+        "torchao at commit 1e7f132e3 of September 2024, low-bit optimizers",
+        "https://github.com/pytorch/ao/blob/1e7f132e387a0e301176d5afa1830329c126b747/"
+        "torchao/prototype",
     ),
     "gptqmodel": Source(
         "code",

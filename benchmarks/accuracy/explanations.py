@@ -111,6 +111,8 @@ def _cache(comparison: Comparison) -> str | None:
 
 _TORCHTUNE: Final = ("torchtune-docs-tutorials", "torchtune-readme-llama2-2024")
 _CODES: Final = 16
+# What torchtune's Llama 2 allows: models/llama2/_model_builders.py, llama2_7b.
+LONGEST: Final = 4096
 
 
 def _conversion_to_nf4(comparison: Comparison) -> str | None:
@@ -173,6 +175,34 @@ def _blocks_of_other_lengths(comparison: Comparison) -> str | None:
     )
 
 
+def _unstated_batch(comparison: Comparison) -> str | None:
+    """torchao's table names neither the batch nor checkpointing; both are torchtune's defaults.
+
+    Source: torchao at 1e7f132e3, prototype/low_bit_optim/README.md; torchtune at 52d1b838,
+    recipes/configs/llama2/7B_full_low_memory.yaml.
+    """
+    row, request = comparison.run.row, comparison.run.request
+    if row.source_group != "torchao-docs":
+        return None
+    model = model_config(request, Access.CATALOGUE)
+
+    def tokens(rows: int, checkpointing: str) -> int:
+        """Return at how many tokens of a batch the estimate is the reading."""
+        other = replace(request, micro_batch_size=rows, activation_checkpointing=checkpointing)
+
+        def allocated(length: int) -> int:
+            longer = answer(replace(other, seq_len=length), model.config, model.id, None)
+            return longer.peak.allocated_bytes.expected
+
+        lengths = range(1, LONGEST)
+        return rows * lengths[bisect_right(lengths, comparison.measured, key=allocated) - 1]
+
+    return (
+        f"neither the batch nor checkpointing is stated: with {tokens(8, 'full')} tokens in a "
+        f"batch, or {tokens(2, 'none')} without checkpointing, the estimate is the reading"
+    )
+
+
 def _full_card(comparison: Comparison) -> str | None:
     """The optimizer's paged states fill what the card has left."""
     row = comparison.run.row
@@ -194,4 +224,5 @@ EXPLANATIONS: Final[tuple[Callable[[Comparison], str | None], ...]] = (
     _conversion_to_nf4,
     _shorter_batches,
     _blocks_of_other_lengths,
+    _unstated_batch,
 )

@@ -126,8 +126,9 @@ REFUSALS: Final[tuple[Refusal, ...]] = (
 # -- rules by source ---------------------------------------------------------------------------
 
 # The longest sample of Alpaca with Llama 2's tokenizer, as the tables of litgpt-resource-tables
-# print it. A batch of torchtune is padded to its own longest sample, and no source says how many
-# batches were run, so the length is an upper bound.
+# print it; lengths.ipynb of alpaca-lora at 1310547 draws those of the original data up to the same,
+# read off its axis to 3 tokens. A batch of torchtune is padded to its own longest sample, and no
+# source says how many batches were run, so the length is an upper bound.
 ALPACA_LONGEST: Final = 1304
 # torchtune cut Alpaca's samples to 512 tokens from commit 73647e26e (30 March 2024, #620: the
 # default of `max_seq_len` in datasets/_alpaca.py) until the tokenizer took the length over; the
@@ -365,7 +366,7 @@ def _torchtune(row: Row) -> dict[str, Any]:
 
     recipes/configs/llama2: bf16, AdamW of torch at its default, which is foreach, adapters of the
     weights' own type. torchao's table was made with torchtune of September 2024, which computes
-    the loss in chunks.
+    the loss in chunks; batch, checkpointing and `optimizer_in_bwd` are not in it.
     """
     chunked = (row.loss_impl or "").startswith("chunked")
     optimizer = TORCHTUNE_OPTIMIZERS[row.optimizer or ""]

@@ -72,7 +72,7 @@ def tensors_with_states(run: Run) -> tuple[Trained, ...]:
 
 
 def _described(run: Run, chosen: Callable[[Weight], bool]) -> tuple[Trained, ...]:
-    master, model = run.optimizer.master_weights, layout(run.spec)
+    master, model = run.optimizer.master_weights, layout(run)
     return tuple(
         trained(module, weight, count, master=master, layout=model)
         for module, weight, count in run.spec.tensors()

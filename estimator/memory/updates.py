@@ -22,7 +22,7 @@ class InBackward:
         self.source = OPTIMIZERS[self.choice.name].source
         self.tables = {module.name for module in run.spec.embeddings}
         self.linears = {each.name for each in trained_tensors(run) if each.in_linear}
-        self.layout = layout(run.spec)
+        self.layout = layout(run)
         self.known: dict[Param, tuple[int, ...]] = {}
 
     def accumulate(self, tape: Tape, param: Param, gradient: list[Tensor]) -> None:
@@ -52,7 +52,8 @@ class InBackward:
             dtype=param.dtype,
             rows=rows,
             columns=columns,
-            in_embedding=param.name.rpartition(".")[0] in self.tables,
+            keeps_32bit=self.layout.tables_in_32bit
+            and param.name.rpartition(".")[0] in self.tables,
             count=1,
             in_linear=param.name in self.linears,
             in_body=not self.layout.is_outer(param.name),

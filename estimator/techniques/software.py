@@ -9,7 +9,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from estimator.errors import InvalidRequestError
-from estimator.run import Run
+from estimator.run import Block, LowBit, Run
+from estimator.sources import Cite
 from estimator.techniques.litgpt import litgpt_formats
 from estimator.techniques.stage import Stage
 from estimator.techniques.torchtune import fitted, fitted_early, fitted_middle
@@ -51,6 +52,7 @@ class SoftwareProfile(Struct, frozen=True):
         keeps_outputs: the loop holds the logits until backward has ended.
         asks_inputs: checkpointed layers make the embeddings' output want a gradient.
         repeats_heads: keys and values are written out for every query head before SDPA.
+        low_bit: what low-bit states of optimizers look like.
     """
 
     loss: str
@@ -63,7 +65,23 @@ class SoftwareProfile(Struct, frozen=True):
     keeps_outputs: bool = False
     asks_inputs: bool = True
     repeats_heads: bool = False
+    low_bit: LowBit = LowBit()
 
+
+# Loops of their own tell bitsandbytes nothing about embeddings, and leave torchao its own blocks:
+# optim/adam.py of 0.18, AdamW4bit.__init__ (8-bit: 256, as for the Trainer).
+_OWN_LOOP: Final = LowBit(
+    torchao_4bit=Block(128, Cite("torchao", "optim/adam.py, AdamW4bit.__init__")),
+    tables_in_32bit=False,
+)
+# torchao changed its 8-bit block on 25 September 2024 (#927) to match bitsandbytes 0.44, of the
+# same month; its optimizers are of July.
+_BEFORE_256: Final = LowBit(
+    bitsandbytes=Block(2048, Cite("bitsandbytes-0-43", "optim/optimizer.py, init_state")),
+    torchao_8bit=Block(2048, Cite("torchao-2024-09", "low_bit_optim/adam.py, AdamW8bit.__init__")),
+    torchao_4bit=Block(128, Cite("torchao-2024-09", "low_bit_optim/adam.py, AdamW4bit.__init__")),
+    tables_in_32bit=False,
+)
 
 _OLD_ATTENTION: Final = (
     "attention code of transformers before 4.46: rotary tables made in every layer, dense masks of "
@@ -128,6 +146,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             formats=litgpt_formats,
             # finetune/lora.py and its neighbours: `train` has no clipping.
             clips=False,
+            low_bit=_BEFORE_256,
         ),
     },
     # 0.6 is 0.6.1; 0.3 is the main branch of September 2024, 0.1 from March to May of that year.
@@ -140,6 +159,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             formats=fitted,
             asks_inputs=False,
             clips=False,
+            low_bit=_OWN_LOOP,
         ),
         "0.3": SoftwareProfile(
             "torchtune-0-6",
@@ -148,6 +168,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             formats=fitted_middle,
             asks_inputs=False,
             clips=False,
+            low_bit=_BEFORE_256,
         ),
         "0.1": SoftwareProfile(
             "torchtune-0-1",
@@ -157,6 +178,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             keeps_outputs=True,
             asks_inputs=False,
             clips=False,
+            low_bit=_BEFORE_256,
         ),
     },
 }

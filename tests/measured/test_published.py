@@ -23,12 +23,14 @@ SCORED = grouped(published(FOUND))
 # 0.042 and 0.126 before its four runs of FOAK over quantized weights could be asked for, whose
 # allocator keeps twice what is estimated; no answer to another run had changed. Those of the
 # tutorials of torchtune were 0.052 and 0.212 for batches of 1304 tokens, which it cut to 512.
+# The median of torchao was 0.024 with 32-bit states for embeddings and blocks of 256, which a loop
+# of one's own in September 2024 does not make.
 MEDIAN_BOUNDS = {
     ("fms-main", "allocated"): 0.0005,
     ("fms-main", "device-used"): 0.0625,
     ("litgpt-resource-tables", "allocated"): 0.003,
     ("lomo-paper", "allocated"): 0.016,
-    ("torchao-docs", "allocated"): 0.024,
+    ("torchao-docs", "allocated"): 0.031,
     ("torchtune-docs-tutorials", "reserved"): 0.061,
     ("torchtune-readme-llama2-2024", "reserved"): 0.060,
     ("usamec", "device-used"): 0.042,
@@ -38,7 +40,7 @@ WORST_BOUNDS = {
     ("fms-main", "device-used"): 0.184,
     ("litgpt-resource-tables", "allocated"): 0.015,
     ("lomo-paper", "allocated"): 0.016,
-    ("torchao-docs", "allocated"): 0.043,
+    ("torchao-docs", "allocated"): 0.035,
     ("torchtune-docs-tutorials", "reserved"): 0.369,
     ("torchtune-readme-llama2-2024", "reserved"): 0.212,
     ("usamec", "device-used"): 0.070,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from estimator.dtypes import DType
-from estimator.run import OptimizerChoice
+from estimator.run import Block, OptimizerChoice
 from estimator.sources import Cite
 from estimator.techniques.optimizers.row import (
     FP32,
@@ -19,7 +19,6 @@ from estimator.techniques.optimizers.row import (
 )
 from estimator.techniques.optimizers.temporaries import Step, in_turn, nothing
 
-EIGHT_BIT_BLOCK: Final = 256
 SMALLEST_8BIT: Final = 4096
 SMALLEST_PAGED: Final = 100_000
 _ONE: Final = Cite("bitsandbytes", "optim/optimizer.py, Optimizer1State.init_state")
@@ -30,13 +29,13 @@ Bytes = Callable[[Trained], int]
 
 
 def _is_8bit(each: Trained) -> bool:
-    return each.elements >= SMALLEST_8BIT and not each.in_embedding
+    return each.elements >= SMALLEST_8BIT and not each.keeps_32bit
 
 
 def _eight_bit(each: Trained) -> int:
     """Bytes of one moment: 1 byte for each value, or fp32 for small tensors.
 
-    HF's Trainer keeps 32-bit states for every embedding.
+    HF's Trainer keeps 32-bit states for every embedding; a loop of one's own does not.
 
     Source: dettmers2022, section 2.1; bitsandbytes, optim/optimizer.py,
     Optimizer2State.init_state; hf-trainer, Trainer.create_optimizer.
@@ -44,12 +43,12 @@ def _eight_bit(each: Trained) -> int:
     return each.elements if _is_8bit(each) else each.elements * FP32
 
 
-def _absmax(each: Trained) -> int:
-    """Bytes of a moment's scales: fp32 for each block of 256 values; they are never paged.
+def _absmax(block: int) -> Bytes:
+    """Return the bytes of a moment's scales: fp32 for each block of values; never paged.
 
     Source: bitsandbytes, optim/optimizer.py, Optimizer2State.init_state.
     """
-    return -(-each.elements // EIGHT_BIT_BLOCK) * FP32 if _is_8bit(each) else 0
+    return lambda each: -(-each.elements // block) * FP32 if _is_8bit(each) else 0
 
 
 def _twice(size: Bytes) -> Bytes:
@@ -109,18 +108,27 @@ def _row(
     size = _eight_bit if bits == 8 else in_fp32  # as `optim_bits` is written
     managed = _is_paged if paged else _is_not_paged
     first = _twice(size) if source is _ADEMAMIX else size
-    scales = _twice(_absmax) if source is _ADEMAMIX else _absmax
-    states = [State("state1", first, source, managed=managed)]
-    if source is not _ONE:
-        states.append(State("state2", size, source, managed=managed))
-    if size is _eight_bit:
-        states.append(State("absmax1", scales, source))
+
+    def scales(block: Block) -> list[State]:
+        cite = block.source or source
+        one = _absmax(block.values)
+        both = [State("absmax1", _twice(one) if source is _ADEMAMIX else one, cite)]
         if source is not _ONE:
-            states.append(State("absmax2", _absmax, source))
-    if clips_update:
-        states.append(State("unorm_vec", scalar, source))
+            both.append(State("absmax2", one, cite))
+        return both
+
+    def states(choice: OptimizerChoice) -> tuple[State, ...]:
+        kept = [State("state1", first, source, managed=managed)]
+        if source is not _ONE:
+            kept.append(State("state2", size, source, managed=managed))
+        if size is _eight_bit:
+            kept += scales(choice.low_bit.bitsandbytes)
+        if clips_update:
+            kept.append(State("unorm_vec", scalar, source))
+        return tuple(kept)
+
     return OptimizerRow(
-        tuple(states),
+        states,
         {"fused": _param_norm if clips_update else nothing},
         "fused",
         source,

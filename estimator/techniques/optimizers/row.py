@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from estimator.dtypes import DType
-from estimator.model.spec import Embedding, Linear, ModelSpec, Module, Weight
-from estimator.run import OptimizerChoice
+from estimator.model.spec import Embedding, Linear, Module, Weight
+from estimator.run import OptimizerChoice, Run
 from estimator.sources import Assumption, Cite
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Trained(Struct, frozen=True):
         elements: its parameters.
         dtype: the type that the optimizer updates: fp32 where it holds a master copy.
         rows, columns: the last two dimensions of a matrix, 0 for a vector.
-        in_embedding: it belongs to an embedding table.
+        keeps_32bit: bitsandbytes is told to keep 32-bit states of it, as the Trainer tells it for
+            embedding tables.
         count: how many such tensors the model has.
         in_linear: it is the weight of an `nn.Linear`.
         head_elements: the weights of one attention head in a square projection.
@@ -38,7 +39,7 @@ class Trained(Struct, frozen=True):
     dtype: DType
     rows: int
     columns: int
-    in_embedding: bool
+    keeps_32bit: bool
     count: int
     in_linear: bool = False
     in_body: bool = True
@@ -57,21 +58,28 @@ class Layout(Struct, frozen=True):
         outer: the names of the embedding tables and of the head.
         head_elements: the weights of one attention head in a square projection, or 0 where the
             heads do not divide it.
+        tables_in_32bit: states of embedding tables keep 32 bits.
     """
 
     outer: tuple[str, ...]
     head_elements: int
+    tables_in_32bit: bool
 
     def is_outer(self, name: str) -> bool:
         """Whether a tensor belongs to a table or the head, or to an adapter on one of them."""
         return any(name.startswith(f"{module}.") for module in self.outer)
 
 
-def layout(spec: ModelSpec) -> Layout:
+def layout(run: Run) -> Layout:
     """Return what the optimizers know of a model."""
+    spec = run.spec
     tables = (each.name for each in spec.embeddings if isinstance(each, Embedding))
     square, heads = spec.hidden.value**2, spec.kinds[0].heads.query.value
-    return Layout((*tables, spec.head.name), 0 if square % heads else square // heads)
+    return Layout(
+        outer=(*tables, spec.head.name),
+        head_elements=0 if square % heads else square // heads,
+        tables_in_32bit=run.optimizer.low_bit.tables_in_32bit,
+    )
 
 
 def trained(module: Module, weight: Weight, count: int, *, master: bool, layout: Layout) -> Trained:
@@ -86,7 +94,7 @@ def trained(module: Module, weight: Weight, count: int, *, master: bool, layout:
         rows=rows,
         columns=columns,
         # What is said about a module's weight is not said about the copy that is updated for it.
-        in_embedding=isinstance(module, Embedding) and not master,
+        keeps_32bit=isinstance(module, Embedding) and not master and layout.tables_in_32bit,
         count=count,
         in_linear=isinstance(module, Linear) and not module.transposed and weight.name == "weight",
         in_body=not layout.is_outer(f"{module.name}.{weight.name}"),

@@ -5,55 +5,62 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from estimator.run import Block, OptimizerChoice
 from estimator.sources import Cite
 from estimator.techniques.optimizers.row import FP32, OptimizerRow, State, Trained, same
 from estimator.techniques.optimizers.temporaries import nothing
 
-# The Trainer's block for both; below the smallest size, or off the block, states are plain.
-BLOCK: Final = 256
+# Below the smallest size, or off the block, states are plain.
 SMALLEST: Final = 4096
 _BASE: Final = Cite("torchao", "optim/adam.py, _AdamBase._new_buffer")
 
+Bytes = Callable[[Trained], int]
+States = tuple[State, ...] | Callable[[OptimizerChoice], tuple[State, ...]]
 
-def _is_low_bit(each: Trained) -> bool:
-    return each.elements >= SMALLEST and each.elements % BLOCK == 0
 
+def _states(source: Cite, block: Block, bits: int, levels: int) -> tuple[State, ...]:
+    """Return the codes, scales and code books of both moments; every moment has its own.
 
-def _moment(bits: int) -> Callable[[Trained], int]:
-    """Return the bytes of the codes of one moment, or of a plain one in the type of the weight.
+    Shapes, of n values in a moment that is not plain:
+        codes  [n]                 `bits` bits each
+        scale  [n / block]         4 bytes
+        qmap   [levels]            4 bytes
 
     Source: torchao, optim/adam.py, _AdamBase._new_buffer.
     """
 
-    def moment(each: Trained) -> int:
-        return each.elements * bits // 8 if _is_low_bit(each) else each.bytes
+    def is_low_bit(each: Trained) -> bool:
+        return each.elements >= SMALLEST and each.elements % block.values == 0
 
-    return moment
+    def codes(each: Trained) -> int:
+        return each.elements * bits // 8 if is_low_bit(each) else each.bytes
 
-
-def _scale(each: Trained) -> int:
-    """Bytes of a moment's scales: fp32 for each block."""
-    return each.elements // BLOCK * FP32 if _is_low_bit(each) else 0
-
-
-def _qmap(levels: int) -> Callable[[Trained], int]:
-    """Return the bytes of a moment's code book, of which every moment has its own."""
+    def scale(each: Trained) -> int:
+        return each.elements // block.values * FP32 if is_low_bit(each) else 0
 
     def qmap(each: Trained) -> int:
-        return levels * FP32 if _is_low_bit(each) else 0
+        return levels * FP32 if is_low_bit(each) else 0
 
-    return qmap
+    parts: list[tuple[str, Bytes, Cite]]
+    parts = [("codes", codes, source), ("scale", scale, block.source or source)]
+    if levels:
+        parts.append(("qmap", qmap, source))
+    return tuple(
+        State(f"{name}.{part}", size, cite)
+        for name in ("exp_avg", "exp_avg_sq")
+        for part, size, cite in parts
+    )
 
 
 def _row(file: str, bits: int, levels: int) -> OptimizerRow:
     source = Cite("torchao", f"optim/{file}, zeros")
-    states = [
-        State(f"{name}.{part}", size, source)
-        for name in ("exp_avg", "exp_avg_sq")
-        for part, size in (("codes", _moment(bits)), ("scale", _scale), ("qmap", _qmap(levels)))
-        if part != "qmap" or levels
-    ]
-    return _compiled(tuple(states))
+
+    def states(choice: OptimizerChoice) -> tuple[State, ...]:
+        low_bit = choice.low_bit
+        block = low_bit.torchao_4bit if bits == 4 else low_bit.torchao_8bit
+        return _states(source, block, bits, levels)
+
+    return _compiled(states)
 
 
 def _plain() -> OptimizerRow:
@@ -62,7 +69,7 @@ def _plain() -> OptimizerRow:
     return _compiled((State("exp_avg", same, source), State("exp_avg_sq", same, source)))
 
 
-def _compiled(states: tuple[State, ...]) -> OptimizerRow:
+def _compiled(states: States) -> OptimizerRow:
     """Return a row with torchao's step, which may round bf16 weights at random.
 
     The random numbers and the bits of the update are values inside the compiled step.

@@ -45,6 +45,22 @@ def test_lora_over_4_x_2048_tokens_reserves_what_the_readme_prints():
     assert peak.reserved_bytes.expected == pytest.approx(21.3e9, rel=0.01)
 
 
+def test_full_training_over_4_x_2048_tokens_allocates_what_was_posted():
+    # torchtune #961, 10 May 2024: 7B_full_low_memory with batch_size=4 and every row filled up to
+    # 2048 tokens: 20.2 peak memory allocated, which was printed in GB then.
+    document = {
+        "model": LLAMA_2_7B,
+        "software": {"framework": "torchtune", "version": "0.1"},
+        "optimizer": {"name": "paged_adamw_32bit", "in_backward": True},
+        "micro_batch_size": 4,
+        "seq_len": 2048,
+        "activation_checkpointing": "full",
+    }
+    config = find_model(LLAMA_2_7B, Access.CATALOGUE).config
+    peak = answer(parse_request(document), config, LLAMA_2_7B, None).peak
+    assert peak.allocated_bytes.expected == pytest.approx(20.2e9, rel=0.0025)
+
+
 def test_a_framework_without_a_version_means_its_newest():
     assert parse_request(_document()).software.version == "0.6"
 

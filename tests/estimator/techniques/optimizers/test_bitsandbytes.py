@@ -33,7 +33,7 @@ def _bytes_of_gate(optimizer: str) -> dict[str, int]:
     ("optimizer", "bytes_per_parameter"),
     [
         # dettmers2022, section 2.1: one byte for each value and 4 for each block of 256 (the
-        # library's block since 0.43); 32-bit states: 4 bytes whatever the weights are.
+        # library's block since 0.44); 32-bit states: 4 bytes whatever the weights are.
         ("lion_8bit", 1 + 4 / 256),
         ("lion_32bit", 4),
         ("adamw_8bit", 2 * (1 + 4 / 256)),
