@@ -306,8 +306,14 @@ class _Block:
     )  # fmt: skip
 
     def __init__(
-        self, address: int, size: int, pool: _Pool, expandable: _AddressRange | None = None
+        self,
+        address: int,
+        size: int,
+        pool: _Pool,
+        expandable: _AddressRange | None = None,
+        previous: _Block | None = None,
     ) -> None:
+        """Make a free block and link it in behind `previous`, if there is one."""
         self.address = address
         self.size = size
         self.pool = pool
@@ -316,15 +322,13 @@ class _Block:
         self.key: Hashable | None = None
         self.state: BlockState = "inactive"
         self.mapped = True
-        self.previous: _Block | None = None
+        self.previous = previous
         self.next: _Block | None = None
-
-    def insert_after(self, block: _Block) -> None:
-        """Link this block in behind `block`."""
-        self.previous, self.next = block, block.next
-        if block.next is not None:
-            block.next.previous = self
-        block.next = self
+        if previous is not None:
+            follower = self.next = previous.next
+            if follower is not None:
+                follower.previous = self
+            previous.next = self
 
     @property
     def expandable_size(self) -> int:
@@ -357,28 +361,25 @@ class _Pool:
         else:
             del self.unmapped[bisect_left(self.unmapped, (block.address,))]
 
-    def absorb(self, block: _Block, neighbour: _Block | None) -> None:
-        """Merge a free neighbour into `block`, which is in no list at this time.
+    def absorb(self, block: _Block) -> None:
+        """Merge the free neighbours into `block`, which is in no list at this time.
 
         Source: torch-caching-allocator, try_merge_blocks.
         """
-        if (
-            neighbour is None
-            or neighbour.state != "inactive"
-            or neighbour.mapped is not block.mapped
-        ):
-            return
-        self.remove(neighbour)
-        if neighbour is block.previous:
-            block.address = neighbour.address
-            block.previous = neighbour.previous
+        before, after = block.previous, block.next
+        if before is not None and before.state == "inactive" and before.mapped is block.mapped:
+            self.remove(before)
+            block.address = before.address
+            block.size += before.size
+            block.previous = before.previous
             if block.previous is not None:
                 block.previous.next = block
-        else:
-            block.next = neighbour.next
+        if after is not None and after.state == "inactive" and after.mapped is block.mapped:
+            self.remove(after)
+            block.size += after.size
+            block.next = after.next
             if block.next is not None:
                 block.next.previous = block
-        block.size += neighbour.size
 
 
 class CachingAllocator:
@@ -414,7 +415,9 @@ class CachingAllocator:
         self._synchronized: set[Hashable] = set()
         self._segment_events: list[SegmentEvent] = []
         self._next_address = FIRST_ADDRESS
-        self._allocated = self._reserved = self._requested = self._active = 0
+        self.allocated_bytes = self.requested_bytes = 0
+        self._reserved = self._waiting = 0
+        self._peak_requested = self._peak_allocated = self._peak_active = 0
         self._num_segments = self._num_alloc_retries = 0
         self.reset_peaks()
 
@@ -470,9 +473,7 @@ class CachingAllocator:
     ) -> _Block:
         """Link the blocks of a segment in behind `before`; return the last one."""
         for each in segment.blocks:
-            block = _Block(each.address, each.size_bytes, pool, pages)
-            if before is not None:
-                block.insert_after(before)
+            block = _Block(each.address, each.size_bytes, pool, pages, before)
             block.state, block.key = each.state, each.key
             before = block
             if each.state == "inactive":
@@ -481,13 +482,13 @@ class CachingAllocator:
             if each.key is None or each.key in self._live or each.key in self._pending:
                 raise ValueError(f"block at {each.address} has no key of its own: {each.key!r}")
             block.requested = each.requested_bytes
-            self._active += block.size
-            self._requested += block.requested
+            self.requested_bytes += block.requested
             if each.state == "active_allocated":
                 self._live[each.key] = block
-                self._allocated += block.size
+                self.allocated_bytes += block.size
             else:
                 self._pending[each.key] = block
+                self._waiting += block.size
         if before is None:
             raise ValueError(f"segment at {segment.address} has no blocks")
         self._reserved += segment.size_bytes
@@ -510,7 +511,20 @@ class CachingAllocator:
         )
 
     def malloc(self, key: Hashable, size_bytes: int, stream: int = 0) -> Allocation:
+        """Hand out a block under `key`, and say which.
+
+        Raises:
+            ValueError: the key is in use, or the size is negative.
+            OutOfMemory: nothing more can be released, and it still does not fit.
+        """
+        self.take(key, size_bytes, stream)
+        block = self._live[key]
+        return Allocation(0, 0) if block is None else Allocation(block.address, block.size)
+
+    def take(self, key: Hashable, size_bytes: int, stream: int = 0) -> None:
         """Hand out a block under `key`.
+
+        An estimate passes here tens of thousands of times, so that calls are few.
 
         Raises:
             ValueError: the key is in use, or the size is negative.
@@ -524,18 +538,28 @@ class CachingAllocator:
             if size_bytes < 0:
                 raise ValueError(f"cannot allocate {size_bytes} bytes")
             self._live[key] = None
-            return Allocation(0, 0)
-        size = round_size(size_bytes, self.settings)
-        pool = self._pool(stream, is_small=size <= SMALL_REQUEST_BYTES)
+            return
+        if self.settings.roundup_power2_divisions:
+            size = round_size(size_bytes, self.settings)
+        else:
+            size = -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
+        is_small = size <= SMALL_REQUEST_BYTES
+        pool = self._pools.get((stream, is_small)) or self._pool(stream, is_small=is_small)
         block = self._best_fit(pool, size) or self._fresh_or_released(pool, size)
-        if self._should_split(block, size):
+        if block.size > size and self._should_split(block, size):
             self._split(block, size)
         block.state = "active_allocated"
         block.key = key
         block.requested = size_bytes
         self._live[key] = block
-        self._count_handed_out(block)
-        return Allocation(block.address, block.size)
+        self.requested_bytes += size_bytes
+        self.allocated_bytes += block.size
+        if self.requested_bytes > self._peak_requested:
+            self._peak_requested = self.requested_bytes
+        if self.allocated_bytes > self._peak_allocated:
+            self._peak_allocated = self.allocated_bytes
+        if self._waiting and self.allocated_bytes + self._waiting > self._peak_active:
+            self._peak_active = self.allocated_bytes + self._waiting
 
     def free(self, key: Hashable) -> None:
         """Take the block of `key` back and make it available at once.
@@ -553,6 +577,7 @@ class CachingAllocator:
         if block is not None:
             block.state = "active_awaiting_free"
             self._pending[key] = block
+            self._waiting += block.size
 
     def complete_free(self, key: Hashable) -> None:
         """Make the block available whose `request_free` went before.
@@ -562,9 +587,8 @@ class CachingAllocator:
         Raises:
             ValueError: the block was not asked to be freed.
         """
-        block = self._pending.pop(key, None)
-        if block is not None:
-            self._recycle(block)
+        if key in self._pending:
+            self._recycle(self._arrived(key))
         elif key in self._synchronized:
             self._synchronized.remove(key)
         else:
@@ -576,7 +600,7 @@ class CachingAllocator:
         Source: torch-caching-allocator, release_cached_blocks, release_blocks.
         """
         for key in list(self._pending):
-            self._recycle(self._pending.pop(key))
+            self._recycle(self._arrived(key))
             self._synchronized.add(key)
         for is_small in (False, True):
             for stream in sorted(stream for stream, small in self._pools if small is is_small):
@@ -584,33 +608,23 @@ class CachingAllocator:
 
     def reset_peaks(self) -> None:
         """Start the peaks again from the present values."""
-        self._peak_allocated = self._allocated
+        self._peak_allocated = self.allocated_bytes
         self._peak_reserved = self._reserved
-        self._peak_requested = self._requested
-        self._peak_active = self._active
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Blocks that are handed out now."""
-        return self._allocated
-
-    @property
-    def requested_bytes(self) -> int:
-        """What was asked for of the blocks in use now."""
-        return self._requested
+        self._peak_requested = self.requested_bytes
+        self._peak_active = self.allocated_bytes + self._waiting
 
     @property
     def stats(self) -> Stats:
         """The counters at this moment."""
         return Stats(
-            allocated_bytes=self._allocated,
+            allocated_bytes=self.allocated_bytes,
             reserved_bytes=self._reserved,
-            requested_bytes=self._requested,
-            active_bytes=self._active,
+            requested_bytes=self.requested_bytes,
+            active_bytes=self.allocated_bytes + self._waiting,
             peak_allocated_bytes=self._peak_allocated,
             peak_reserved_bytes=self._peak_reserved,
             peak_requested_bytes=self._peak_requested,
-            peak_active_bytes=self._peak_active,
+            peak_active_bytes=max(self._peak_active, self._peak_allocated),
             num_segments=self._num_segments,
             num_alloc_retries=self._num_alloc_retries,
         )
@@ -635,17 +649,6 @@ class CachingAllocator:
         in_use = (block for block in self._live.values() if block is not None)
         return sorted(chain(free, in_use, self._pending.values()), key=lambda block: block.address)
 
-    def _count_handed_out(self, block: _Block) -> None:
-        self._allocated += block.size
-        self._active += block.size
-        self._requested += block.requested
-        if self._allocated > self._peak_allocated:
-            self._peak_allocated = self._allocated
-        if self._active > self._peak_active:
-            self._peak_active = self._active
-        if self._requested > self._peak_requested:
-            self._peak_requested = self._requested
-
     def _count_reserved(self, kind: SegmentEventKind, address: int, size: int, stream: int) -> None:
         taken = kind in ("segment_alloc", "segment_map")
         self._reserved += size if taken else -size
@@ -654,11 +657,18 @@ class CachingAllocator:
         self._segment_events.append(SegmentEvent(kind, address, size, stream))
 
     def _drop(self, key: Hashable) -> _Block | None:
-        if key not in self._live:
-            raise ValueError(f"key {key!r} is not allocated")
-        block = self._live.pop(key)
+        try:
+            block = self._live.pop(key)
+        except KeyError:
+            raise ValueError(f"key {key!r} is not allocated") from None
         if block is not None:
-            self._allocated -= block.size
+            self.allocated_bytes -= block.size
+        return block
+
+    def _arrived(self, key: Hashable) -> _Block:
+        """Return the block that no stream reads any more."""
+        block = self._pending.pop(key)
+        self._waiting -= block.size
         return block
 
     def _recycle(self, block: _Block) -> None:
@@ -666,15 +676,13 @@ class CachingAllocator:
 
         Source: torch-caching-allocator, free_block.
         """
-        self._active -= block.size
-        self._requested -= block.requested
+        self.requested_bytes -= block.requested
         block.state = "inactive"
         block.key = None
         block.requested = 0
         pool = block.pool
-        pool.absorb(block, block.previous)
-        pool.absorb(block, block.next)
-        pool.add(block)
+        pool.absorb(block)
+        insort(pool.free, (block.size, block.address, block))
 
     def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
         """Take the smallest free block that holds `size` out of the pool, if one may serve.
@@ -685,11 +693,12 @@ class CachingAllocator:
         at = bisect_left(free, (size,))
         if at == len(free):
             return None
-        if free[at][2].expandable:
+        block = free[at][2]
+        if block.expandable:
             at = self._best_expandable(free, at)
             if at == len(free):
                 return None
-        block = free[at][2]
+            block = free[at][2]
         if size < self._max_split:
             if block.size >= self._max_split:
                 return None
@@ -727,10 +736,10 @@ class CachingAllocator:
         return size < self._max_split and tail > SMALL_REQUEST_BYTES
 
     def _split(self, block: _Block, size: int) -> None:
-        tail = _Block(block.address + size, block.size - size, block.pool, block.expandable)
-        tail.insert_after(block)
+        left, pool = block.size - size, block.pool
+        tail = _Block(block.address + size, left, pool, block.expandable, block)
         block.size = size
-        block.pool.add(tail)
+        insort(pool.free, (left, tail.address, tail))
 
     def _fresh_or_released(self, pool: _Pool, size: int) -> _Block:
         """Take new memory from the driver, releasing more and more of the cache to get it.
@@ -749,7 +758,7 @@ class CachingAllocator:
                 tried_bytes=segment_size(size, self.settings),
                 total_bytes=0 if self._capacity is None else self._capacity,
                 allowed_bytes=self._allowed,
-                allocated_bytes=self._allocated,
+                allocated_bytes=self.allocated_bytes,
                 reserved_bytes=self._reserved,
             )
         return block
@@ -842,14 +851,13 @@ class CachingAllocator:
         pool.remove(block)
         self._count_reserved("segment_map", block.address, mapped, pool.stream)
         if mapped < block.size:
-            rest = _Block(block.address + mapped, block.size - mapped, pool, block.expandable)
+            at, left = block.address + mapped, block.size - mapped
+            rest = _Block(at, left, pool, block.expandable, block)
             rest.mapped = False
-            rest.insert_after(block)
             pool.add(rest)
             block.size = mapped
         block.mapped = True
-        pool.absorb(block, block.previous)
-        pool.absorb(block, block.next)
+        pool.absorb(block)
         pool.add(block)
         return True
 
@@ -911,12 +919,10 @@ class CachingAllocator:
             block.previous = head
             pool.add(head)
         if after:
-            tail = _Block(end, after, pool, pages)
-            tail.insert_after(block)
+            tail = _Block(end, after, pool, pages, block)
             pool.add(tail)
         block.address, block.size, block.mapped = begin, end - begin, False
-        pool.absorb(block, block.previous)
-        pool.absorb(block, block.next)
+        pool.absorb(block)
         self._count_reserved("segment_unmap", begin, end - begin, pool.stream)
         if block.previous is not None or block.next is not None:
             pool.add(block)
@@ -939,10 +945,8 @@ def _unmapped(
     begin: int, end: int, pool: _Pool, pages: _AddressRange, before: _Block | None
 ) -> _Block:
     """Make the unmapped room of an expandable segment between two addresses."""
-    room = _Block(begin, end - begin, pool, pages)
+    room = _Block(begin, end - begin, pool, pages, before)
     room.mapped = False
-    if before is not None:
-        room.insert_after(before)
     pool.add(room)
     return room
 

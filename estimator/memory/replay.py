@@ -42,10 +42,12 @@ class Blocks(Struct, frozen=True):
     Args:
         rounding: for each moment, blocks handed out less bytes asked for, at its highest point.
         reserved: the most that the allocator held in segments.
+        requested: the most that was asked for at one time, whatever the blocks.
     """
 
     rounding: dict[str, int]
     reserved: int
+    requested: int
 
 
 class Conditions(Struct, frozen=True):
@@ -86,12 +88,21 @@ def blocks(
     second = hessian_pass(run)
     passes = (recording, *([record(second, regime)] if second is not None else []))
     first = _first_pass(run, regime) or recording
+
+    def replayed(room: int | None) -> Blocks:
+        return _replayed(run, first, passes, _Replayer(recording, at, workspace, room, conditions))
+
+    # A card changes nothing that is never filled; one with less than the tensors never is enough.
+    # Room for addresses, which expandable segments have, depends on the card in any case.
+    free = None
+    if not conditions.settings.expandable_segments:
+        free = replayed(None)
+        if capacity is None or not free.requested <= capacity < free.reserved:
+            return free
     try:
-        return _replayed(
-            run, first, passes, _Replayer(recording, at, workspace, capacity, conditions)
-        )
+        return replayed(capacity)
     except OutOfMemory:
-        return _replayed(run, first, passes, _Replayer(recording, at, workspace, None, conditions))
+        return free or replayed(None)
 
 
 def _first_pass(run: Run, regime: Regime) -> Recording | None:
@@ -188,19 +199,20 @@ class _Replayer:
     def load(self, sizes: Iterator[int]) -> None:
         """Allocate what is there before the first step."""
         for number, size in enumerate(sizes):
-            self.allocator.malloc(("loaded", number), size)
+            self.allocator.take(("loaded", number), size)
 
     def step(self) -> None:
         """Run forward and backward."""
         allocator, sizes = self.allocator, self.sizes
+        take, free = allocator.take, allocator.free
         for section in self.recording.log:
             self._warm(section.phase)
             most = asked = 0
             for serial, kind in section.events:
                 if kind is None:
-                    allocator.free(serial)
+                    free(serial)
                     continue
-                allocator.malloc(serial, sizes[kind])
+                take(serial, sizes[kind])
                 if allocator.allocated_bytes > most:
                     most, asked = allocator.allocated_bytes, allocator.requested_bytes
             self._see(self._name(section.phase, section.site), most, asked)
@@ -209,7 +221,7 @@ class _Replayer:
         """Run the optimizer's step, then drop gradients and batch."""
         allocator = self.allocator
         for number, size in enumerate(states):
-            allocator.malloc(("state", number), size)
+            allocator.take(("state", number), size)
         self.pass_through("optimizer step", temporaries)
         for serial in self.recording.left:
             allocator.free(serial)
@@ -218,7 +230,7 @@ class _Replayer:
         """Hold temporaries for a moment."""
         allocator = self.allocator
         for number, size in enumerate(temporaries):
-            allocator.malloc(("temporary", number), size)
+            allocator.take(("temporary", number), size)
         self._see(name, allocator.allocated_bytes, allocator.requested_bytes)
         for number, _ in enumerate(temporaries):
             allocator.free(("temporary", number))
@@ -226,13 +238,14 @@ class _Replayer:
     def found(self) -> Blocks:
         """Return what the steady step showed."""
         rounding = {name: handed - asked for name, (handed, asked) in self.highest.items()}
-        return Blocks(rounding, self.allocator.stats.peak_reserved_bytes)
+        stats = self.allocator.stats
+        return Blocks(rounding, stats.peak_reserved_bytes, stats.peak_requested_bytes)
 
     def _warm(self, phase: str) -> None:
         """Give a thread its cuBLAS workspace when it first multiplies."""
         if phase not in self.warm:
             self.warm.add(phase)
-            self.allocator.malloc(("workspace", phase), self.workspace)
+            self.allocator.take(("workspace", phase), self.workspace)
 
     def _see(self, name: str, handed: int, asked: int) -> None:
         name = self.prefix + name

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from msgspec import structs
 
 from estimator import pipeline
-from estimator.memory.replay import Blocks, blocks
+from estimator.eager.size import powers
+from estimator.memory.caching_allocator import AllocatorSettings
+from estimator.memory.replay import Blocks, Conditions, blocks
 from estimator.request import parse_request
 from estimator.service import estimate
+from estimator.units import MiB
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -32,3 +36,25 @@ def test_requests_of_one_recipe_that_take_turns_are_replayed_once_each(monkeypat
     again = [estimate(each).peak for each in three]
     assert again == first
     assert len(replayed) == 3
+
+
+REQUEST = {"model": {"config": LLAMA}, "seq_len": 700, "hardware": {"memory_bytes": 2**30}}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 0.999, 1.0, 1.5])
+def test_a_card_decides_only_between_what_is_asked_for_and_what_would_be_held(share):
+    """In between the allocator gives blocks back, as it does on a card of that size."""
+    request = parse_request(REQUEST)
+    engine = pipeline.engine_for(request, LLAMA, "llama")
+    regime, at = engine._regime(1, 700), powers(*engine.numbers(1, 700))
+    room = blocks(engine.run, regime, at, 8 * MiB, None)
+    assert room.requested < room.reserved
+    capacity = room.requested + round(share * (room.reserved - room.requested))
+    found = blocks(engine.run, regime, at, 8 * MiB, capacity)
+    assert found.reserved <= capacity or found == room
+    if share >= 1:
+        assert found == room
+    assert blocks(engine.run, regime, at, 8 * MiB, room.requested - 1) == room
+    expandable = Conditions(AllocatorSettings(expandable_segments=True))
+    pages = blocks(engine.run, regime, at, 8 * MiB, capacity, expandable)
+    assert pages.requested == room.requested
