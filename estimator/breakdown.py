@@ -41,8 +41,11 @@ class View(Struct, frozen=True):
 
     def allocated(self, highest: Highest) -> int:
         """Bytes of the blocks that are handed out at a moment, library workspaces included."""
-        fixed = self.handles * self.constants.cublas_workspace
+        fixed = self._handles(highest) * self.constants.cublas_workspace
         return highest.moment.bytes_at(self.at) + highest.rounding + fixed
+
+    def _handles(self, highest: Highest) -> int:
+        return self.handles if highest.moment.multiplies else 0
 
     def runner_up(self, moments: tuple[Highest, ...], peak: Highest) -> RunnerUp | None:
         """Return the second highest moment and how far it lies below the peak."""
@@ -102,7 +105,7 @@ class View(Struct, frozen=True):
                 constant_row(
                     "cuBLAS workspace", "workspace", "process", workspace, f"{workspace} B", source
                 ),
-                self.handles,
+                self._handles(highest),
             ),
             Entry(
                 constant_row(

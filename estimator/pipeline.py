@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from msgspec import Struct, structs
@@ -30,6 +30,7 @@ from estimator.memory.allocator import charge
 from estimator.memory.average import average_host_bytes
 from estimator.memory.caching_allocator import DEFAULT_SETTINGS, AllocatorSettings
 from estimator.memory.hessian_pass import hessian_pass
+from estimator.memory.loading import loading_moment
 from estimator.memory.loss import LOSSES, MeasuredLoss
 from estimator.memory.replay import Blocks, Conditions, blocks
 from estimator.memory.requests import Request, requests
@@ -155,6 +156,16 @@ class Engine:
             )
         return self._steps[regime]
 
+    @cached_property
+    def loading(self) -> Moment | None:
+        """The highest moment of loading, where it needs more than what stays."""
+        return loading_moment(self.run)
+
+    def moments(self, micro_batch_size: int, seq_len: int, at: Polynomial) -> tuple[Moment, ...]:
+        """Return the highest instant of each named moment, in the order of time."""
+        before = () if self.loading is None else (self.loading,)
+        return (*before, *self.step(micro_batch_size, seq_len).highest(at))
+
     def _trace(self, regime: Regime) -> Trace:
         if regime not in self._traces:
             self._traces[regime] = trace(self.run, regime)
@@ -185,6 +196,8 @@ class Engine:
         at = powers(*self.numbers(micro_batch_size, seq_len))
         top = self.step(micro_batch_size, seq_len).top(at)
         allocated = rounded_bytes(top, at) + self.handles * constants.cublas_workspace
+        if self.loading is not None and self.loading.standing.constant_charge > allocated:
+            top, allocated = self.loading, self.loading.standing.constant_charge
         if self.eager is None:
             return Reading(top, allocated)
         eager = self.eager.read(micro_batch_size, seq_len, constants).allocated
@@ -388,7 +401,7 @@ def answer(
     replayed = engine.blocks(b, s, device)
     highest = tuple(
         Highest(moment, replayed.rounding.get(moment.name, 0))
-        for moment in engine.step(b, s).highest(at)
+        for moment in engine.moments(b, s, at)
     )
     view = View(at, numbers, device.constants, engine.handles)
     peak = max(highest, key=view.allocated)

@@ -88,6 +88,7 @@ class Run(Struct, frozen=True):
         token_multiple: products over the tokens need a multiple of this.
         averaged_on: the device of a moving average of the model, or None.
         kept_logits: positions at the end that get logits; 0 for all.
+        loading: how the model comes onto the device.
     """
 
     spec: ModelSpec
@@ -112,6 +113,7 @@ class Run(Struct, frozen=True):
     token_multiple: int = 1
     averaged_on: str | None = None
     kept_logits: int = 0
+    loading: str = "one by one"
 
     def batch(self, micro_batch_size: int, seq_len: int) -> tuple[int, int]:
         """Return the rows that the model sees, and their length: packed sequences are one row.

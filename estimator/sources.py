@@ -355,6 +355,11 @@ SOURCES: Final[dict[str, Source]] = {
         "torchao 0.18.0, NF4 tensors",
         "https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/quantize_/workflows/nf4/nf4_tensor.py",
     ),
+    "torchao-nf4-0-1": Source(
+        "code",
+        "torchao 0.1, NF4 tensors",
+        "https://github.com/pytorch/ao/blob/ff2889540075e8c8d0a2f4b9900da1b9136ae376/torchao/dtypes/nf4tensor.py",
+    ),
     "torch-softmax": Source(
         "code", "PyTorch 2.13.0, softmax on CUDA", f"{_TORCH}/aten/src/ATen/native"
     ),

@@ -1,29 +1,28 @@
 """The step through the caching allocator: which blocks its tensors really get.
 
 What a tensor is charged depends on the block that was free when it was asked for, so the history
-decides: the weights as loaded, a first step that ends with the optimizer's states, and the steady
+decides: how the model was made, a first step that ends with the optimizer's states, and the steady
 step after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from msgspec import Struct
 
-from estimator.eager.size import Polynomial, elements
+from estimator.eager.size import Polynomial
 from estimator.eager.tensor import Regime
-from estimator.memory.average import average_sizes
 from estimator.memory.caching_allocator import (
     DEFAULT_SETTINGS,
-    SMALL_REQUEST_BYTES,
     AllocatorSettings,
     CachingAllocator,
     OutOfMemory,
 )
 from estimator.memory.clipping import clipping_temporaries
 from estimator.memory.hessian_pass import HESSIAN, hessian_pass
+from estimator.memory.loading import LOADING, added, loading
 from estimator.memory.standing import (
     IMPORTANCE,
     importance_sizes,
@@ -32,7 +31,7 @@ from estimator.memory.standing import (
     tensors_with_states,
 )
 from estimator.memory.trace import Recording, record
-from estimator.model.spec import held
+from estimator.model.loading import Event
 from estimator.run import Run
 
 
@@ -120,7 +119,8 @@ def _first_pass(run: Run, regime: Regime) -> Recording | None:
 def _replayed(
     run: Run, first: Recording, passes: tuple[Recording, ...], replayer: _Replayer
 ) -> Blocks:
-    replayer.load(size for _, size in loaded(run))
+    replayer.load(loading(run))
+    replayer.add(size for _, size in added(run))
     kept = tuple(size for _, size in first_states(run))
     temporaries = step_temporaries(run)
     clipping = clipping_temporaries(run)
@@ -136,23 +136,6 @@ def _replayed(
             replayer.pass_through("gradient clipping", clipping)
             replayer.update(*((), ()) if prefix else (states, temporaries))
     return replayer.found()
-
-
-def loaded(run: Run) -> Iterator[tuple[str, int]]:
-    """Yield names and sizes of weights, buffers and standing gradients, in the model's order."""
-    spec = run.spec
-    modules = list(spec.embeddings)
-    for index in spec.pattern:
-        modules += spec.kinds[index].modules
-    modules += [*spec.final, *(() if spec.tied else (spec.head,))]
-    weights = [(f"{module.name}.{each.name}", each) for module in modules for each in held(module)]
-    yield from ((name, weight.bytes) for name, weight in weights)
-    # Small ones, such as rotary frequencies, share the first segment of small blocks.
-    buffers = ((each.name, elements(each.shape)[0] * each.dtype.width) for each in spec.buffers)
-    yield from ((name, size) for name, size in buffers if size > SMALL_REQUEST_BYTES)
-    yield from (("moving average", size) for size in average_sizes(run))
-    if run.accumulates:
-        yield from ((f"{name}.grad", each.bytes) for name, each in weights if each.trained)
 
 
 def first_states(run: Run) -> Iterator[tuple[str, int]]:
@@ -190,16 +173,29 @@ class _Replayer:
         self.allocator = CachingAllocator(capacity, conditions.settings)
         self.warm: set[str] = set()
         self.highest: dict[str, tuple[int, int]] = {}
+        self.loading = (0, 0)
 
     def of(self, recording: Recording, prefix: str) -> None:
         """Go over to another pass of the step, whose moments have names that begin with a word."""
         self.recording, self.prefix = recording, prefix
         self.sizes = [kind.size[0] * self.at[kind.size[1]] for kind in recording.kinds]
 
-    def load(self, sizes: Iterator[int]) -> None:
-        """Allocate what is there before the first step."""
+    def load(self, events: Iterable[Event]) -> None:
+        """Make the model."""
+        allocator, most, asked = self.allocator, 0, 0
+        for serial, _, _, size in events:
+            if size is None:
+                allocator.free(("loaded", serial))
+                continue
+            allocator.take(("loaded", serial), size)
+            if allocator.allocated_bytes > most:
+                most, asked = allocator.allocated_bytes, allocator.requested_bytes
+        self.loading = (most, asked)
+
+    def add(self, sizes: Iterable[int]) -> None:
+        """Allocate what is there beside the model before the first step."""
         for number, size in enumerate(sizes):
-            self.allocator.take(("loaded", number), size)
+            self.allocator.take(("added", number), size)
 
     def step(self) -> None:
         """Run forward and backward."""
@@ -236,8 +232,9 @@ class _Replayer:
             allocator.free(("temporary", number))
 
     def found(self) -> Blocks:
-        """Return what the steady step showed."""
-        rounding = {name: handed - asked for name, (handed, asked) in self.highest.items()}
+        """Return what loading and the steady step showed."""
+        highest = {LOADING: self.loading, **self.highest}
+        rounding = {name: handed - asked for name, (handed, asked) in highest.items()}
         stats = self.allocator.stats
         return Blocks(rounding, stats.peak_reserved_bytes, stats.peak_requested_bytes)
 

@@ -12,7 +12,8 @@ from estimator.eager.size import Polynomial
 from estimator.eager.tensor import Regime
 from estimator.memory.caching_allocator import round_size
 from estimator.memory.clipping import clipping_temporaries
-from estimator.memory.replay import first_states, loaded
+from estimator.memory.loading import LOADING, added, loading
+from estimator.memory.replay import first_states
 from estimator.memory.standing import step_temporaries
 from estimator.memory.trace import Recording, record
 from estimator.run import Run
@@ -47,8 +48,17 @@ def requests(run: Run, regime: Regime, at: Polynomial, workspaces: int) -> Itera
     """
     recording = record(run, regime)
     total = workspaces
-    for name, size in loaded(run):
-        yield Request("load", "load", name, size, total)
+    blocks: dict[int, int] = {}
+    # No library has its workspaces before it multiplies.
+    for serial, name, _, size in loading(run):
+        if size is None:
+            total -= blocks.pop(serial)
+            continue
+        yield Request("load", LOADING, name, size, total - workspaces)
+        blocks[serial] = _block(size)
+        total += blocks[serial]
+    for name, size in added(run):
+        yield Request("load", LOADING, name, size, total - workspaces)
         total += _block(size)
     turns: tuple[Turn, ...] = ("first step", "later steps")
     for turn in turns:

@@ -43,6 +43,11 @@ def standing(run: Run) -> Ledger:
     return Ledger(tuple(entries))
 
 
+def model_entries(run: Run) -> tuple[Entry, ...]:
+    """Return the weights and buffers of the model."""
+    return (*_weights(run), *_buffers(run))
+
+
 def site_of(run: Run, module: Module) -> str:
     """Return the site that a module belongs to."""
     spec = run.spec

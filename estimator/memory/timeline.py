@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from operator import ge
+from typing import Protocol
 
 from msgspec import Struct, structs
 
@@ -21,15 +22,32 @@ from estimator.memory.trace import Trace
 from estimator.run import Run
 
 
+class Place(Protocol):
+    """Where in a run a moment lies, enough to say what is alive there."""
+
+    @property
+    def always(self) -> Ledger:
+        """What is alive at every moment of the same part of the run."""
+        ...
+
+    def passing(self) -> Ledger:
+        """What is alive at this moment beside that."""
+        ...
+
+
 class Moment(Struct, frozen=True, dict=True):
     """A moment that can be the peak: its name, and its bytes as a polynomial in b, s and t.
 
     What is alive is put together only when somebody asks.
+
+    Args:
+        multiplies: libraries have their workspaces by then.
     """
 
     name: str
     total: Polynomial
-    place: _Place
+    place: Place
+    multiplies: bool = True
 
     def bytes_at(self, at: Polynomial) -> int:
         """Bytes at the micro-batch and length whose powers are given."""
@@ -53,7 +71,7 @@ class Moment(Struct, frozen=True, dict=True):
     @property
     def standing(self) -> Ledger:
         """What is alive at every moment."""
-        return self.place.assembly.always
+        return self.place.always
 
     @property
     def alive(self) -> Ledger:
@@ -114,6 +132,11 @@ class _Place(Struct, frozen=True):
     position: int
     backward: bool
     extra: tuple[Entry, ...] = ()
+
+    @property
+    def always(self) -> Ledger:
+        """What is alive at every moment of the step."""
+        return self.assembly.always
 
     def passing(self) -> Ledger:
         """List the entries of this moment that do not stand through the whole step."""

@@ -42,6 +42,7 @@ class SoftwareProfile(Struct, frozen=True):
 
     Args:
         loss: the loss of `estimator/memory/loss.py` that runs.
+        loading: the way of `estimator/memory/loading.py` in which the model is made.
         not_modelled: what differs too and is not accounted for.
         model_code: the module that reads a configuration, where the framework has a model of its
             own instead of transformers', and behind a colon the function, if it is not `read`.
@@ -66,6 +67,7 @@ class SoftwareProfile(Struct, frozen=True):
     asks_inputs: bool = True
     repeats_heads: bool = False
     low_bit: LowBit = LowBit()
+    loading: str = "one by one"
 
 
 # Loops of their own tell bitsandbytes nothing about embeddings, and leave torchao its own blocks:
@@ -157,6 +159,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             model_code="estimator.model.torchtune",
             described=_TORCHTUNE,
             formats=fitted,
+            loading="torchtune",
             asks_inputs=False,
             clips=False,
             low_bit=_OWN_LOOP,
@@ -166,6 +169,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             model_code="estimator.model.torchtune:read_middle",
             described=_TORCHTUNE,
             formats=fitted_middle,
+            loading="torchtune-0-3",
             asks_inputs=False,
             clips=False,
             low_bit=_BEFORE_256,
@@ -175,6 +179,7 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
             model_code="estimator.model.torchtune:read_early",
             described=_TORCHTUNE,
             formats=fitted_early,
+            loading="torchtune-0-1",
             keeps_outputs=True,
             asks_inputs=False,
             clips=False,
@@ -212,6 +217,7 @@ class Software(Struct, frozen=True):
             reentrant=self.profile.reentrant,
             keeps_outputs=self.profile.keeps_outputs,
             asks_inputs=self.profile.asks_inputs,
+            loading=self.profile.loading,
             settings=replace(run.settings, repeats_heads=self.profile.repeats_heads),
         )
         return self.profile.formats(run) if self.profile.formats is not None else run
