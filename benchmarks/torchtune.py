@@ -3,20 +3,23 @@
 FOLDER holds the package `torchtune` of one version: an unpacked wheel or a checkout. Nothing of it
 is installed, because its dependencies do not go with ours; only its modules and builders are
 imported, and torchao's NF4 tensors under their old name. OLD holds `bitsandbytes` 0.43 and
-`low_bit_optim` of torchao in September 2024, whose states versions before 0.6 have; for 0.6 the
-installed libraries are right. The requests of
-`data/measurements/torchtune.json` are run with the recipe's loop under the profiler's meter, and
-what they take is written back there.
+`low_bit_optim` of torchao in September 2024, whose states versions before 0.6 have, and for 0.1
+also torchao's `nf4tensor.py` of April 2024; for 0.6 the installed libraries are right. The
+requests of `data/measurements/torchtune.json` are run with the recipe's loop under the profiler's
+meter, and what they take is written back there. So is what making each model takes, and loading a
+checkpoint.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import json
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -25,7 +28,8 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from estimator.pipeline import device_of
 from estimator.request import EstimateRequest, parse_request
@@ -48,10 +52,10 @@ _NF4: Final = "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"
 
 def main(folder: str, release: str, old: str | None = None) -> None:
     """Run every request of one version and write down what it takes."""
-    _import_modules(Path(folder) / "torchtune")
+    _import_modules(Path(folder) / "torchtune", Path(old) / "nf4tensor.py" if old else None)
     low_bit = _low_bit_classes(Path(old) if old else None)
     document = json.loads(RECORDS.read_text(encoding="utf-8"))
-    document["versions"] = {name: version(name) for name in ("torch", "torchao")}
+    document["versions"] |= {name: version(name) for name in ("torch", "torchao")}
     for record in document["runs"]:
         request = parse_request(record["request"])
         if request.software.version != release:
@@ -65,6 +69,7 @@ def main(folder: str, release: str, old: str | None = None) -> None:
         record["peak"] = reading.peak.phase
         record["requested_bytes"] = reading.peak.requested_bytes
         record["phases"] = {each.phase: each.requested_bytes for each in reading.points}
+        record["loading"] = load(request)
         print(f"{release} {record['name']}: {reading.peak.phase} {reading.peak.requested_bytes}")
     RECORDS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -88,7 +93,82 @@ def dry_run(request: EstimateRequest, low_bit: LowBitClasses) -> tuple[Any, trac
         gc.enable()
 
 
-def _import_modules(folder: Path) -> None:
+class Storages(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
+    """Bytes of all storages on the CPU, which stands for the device here, now and at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.highest = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator; what packed weights do inside is seen operator by operator."""
+        if any(kind.__name__ == "NF4Tensor" for kind in kinds):
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        for each in torch.utils._pytree.tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.device.type == "cpu":
+                self._see(each.untyped_storage())
+        return out
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen[key] = storage.nbytes()
+        self.total += storage.nbytes()
+        self.highest = max(self.highest, self.total)
+
+        def died() -> None:
+            self.total -= self._seen.pop(key)
+
+        weakref.finalize(storage, died)
+
+
+def load(request: EstimateRequest) -> dict[str, int]:
+    """Make the model of a request and load a checkpoint, which is on another device.
+
+    Returns what is there at most, and what is there in the end.
+    """
+    storages = Storages()
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(), _whole_copies(), storages:
+            warnings.simplefilter("ignore")
+            model = _built(request, "cpu")
+            checkpoint = {
+                name: torch.empty(each.shape, dtype=each.dtype, device="cuda")
+                for name, each in model.named_parameters()
+                if "lora_" not in name
+            }
+            model.load_state_dict(checkpoint, strict=False)
+            return {"highest_bytes": storages.highest, "left_bytes": storages.total}
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def _whole_copies() -> Iterator[None]:
+    """Let a deep copy of a fake tensor copy its whole storage, as that of a real one does."""
+
+    def copied(self: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        size = self.untyped_storage().nbytes() // self.element_size()
+        whole = torch.empty(size, dtype=self.dtype, device=self.device)
+        copy = whole.as_strided(self.shape, self.stride(), self.storage_offset())
+        memo[id(self)] = copy
+        return copy
+
+    FakeTensor.__deepcopy__ = copied
+    try:
+        yield
+    finally:
+        del FakeTensor.__deepcopy__
+
+
+def _import_modules(folder: Path, packing: Path | None) -> None:
     """Make `torchtune.modules` and the builders importable, and nothing else."""
     for name in ("torchtune", *(f"torchtune.{each}" for each in _HOLLOW)):
         package = types.ModuleType(name)
@@ -97,13 +177,26 @@ def _import_modules(folder: Path) -> None:
     tokenizer = types.ModuleType("sentencepiece")
     tokenizer.__dict__["SentencePieceProcessor"] = object
     sys.modules["sentencepiece"] = tokenizer
-    sys.modules["torchao.dtypes.nf4tensor"] = importlib.import_module(_NF4)
+    sys.modules["torchao.dtypes.nf4tensor"] = _nf4(packing)
     importlib.import_module(_BUILDERS)
     del sys.modules["sentencepiece"]
 
 
-def _built(request: EstimateRequest) -> Any:
-    """Return the model on the meta device, as the recipe's configuration builds it."""
+def _nf4(packing: Path | None) -> types.ModuleType:
+    """Return the module with NF4 tensors: torchao's installed one, or a file of another version."""
+    if packing is None or not packing.is_file():
+        return importlib.import_module(_NF4)
+    spec = importlib.util.spec_from_file_location("torchao.dtypes.nf4tensor", packing)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["torchao.dtypes.nf4tensor"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _built(request: EstimateRequest, device: str = "meta") -> Any:
+    """Return the model as the recipe's configuration builds it."""
     builders = importlib.import_module(_BUILDERS)
     config = request.to_dict()["model"]["config"]
     given: dict[str, Any] = {
@@ -132,7 +225,7 @@ def _built(request: EstimateRequest) -> Any:
     stored = torch.float32 if request.precision == "fp32" else torch.bfloat16
     torch.set_default_dtype(stored)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             model = build(**given)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -151,17 +244,26 @@ def _checkpoint_layers(model: Any) -> None:
 
 
 def _place(model: Any) -> None:
-    """Give the model fake storage; NF4 tensors part by part."""
-    nf4 = importlib.import_module(_NF4)
+    """Give the model fake storage; NF4 tensors part by part, and once more behind `place`."""
+    _place_packed(model)
+    place(model, "cpu", fake=True)
+    _place_packed(model)
+
+
+def _place_packed(model: Any) -> None:
+    """Give NF4 tensors parts whose storages are as large as those of a packed weight.
+
+    On the meta device, and in `place`, a part that is a view has lost what lies behind it.
+    """
+    nf4 = sys.modules["torchao.dtypes.nf4tensor"]
     for module in model.modules():
         for name, meta in module._parameters.items():
             if not isinstance(meta, nf4.NF4Tensor):
                 continue
             names, context = meta.__tensor_flatten__()
-            parts = {
-                each: torch.empty(getattr(meta, each).shape, dtype=getattr(meta, each).dtype)
-                for each in names
-            }
+            with unset_fake_temporarily():
+                fresh = nf4.to_nf4(torch.empty(meta.shape, dtype=meta.dtype, device="meta"))
+            parts = {each: _like(getattr(fresh, each)) for each in names}
             about = nf4.SubclassTensorArgs(
                 meta.shape, meta.stride(), 0, meta.dtype, torch.device("cpu"), False
             )
@@ -169,7 +271,13 @@ def _place(model: Any) -> None:
                 parts, {**context, "tensor_meta": about}, None, None
             )
             module._parameters[name] = torch.nn.Parameter(packed, requires_grad=False)
-    place(model, "cpu", fake=True)
+
+
+def _like(meta: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same shape on a storage of the same size."""
+    size = meta.untyped_storage().nbytes() // meta.element_size()
+    whole = torch.empty(size, dtype=meta.dtype)
+    return whole.as_strided(meta.shape, meta.stride(), meta.storage_offset())
 
 
 def _low_bit_classes(old: Path | None) -> LowBitClasses:

@@ -350,6 +350,9 @@ SOURCES: Final[dict[str, Source]] = {
         "torchtune at commit 52d1b838 of September 2024, modules and recipes",
         "https://github.com/meta-pytorch/torchtune/blob/52d1b838c1c35b5e75fddf8776be400adc36dff5",
     ),
+    "torch-tensor": Source(
+        "code", "PyTorch 2.13.0, tensors in Python", f"{_TORCH}/torch/_tensor.py"
+    ),
     "torchao-nf4": Source(
         "code",
         "torchao 0.18.0, NF4 tensors",
@@ -357,8 +360,8 @@ SOURCES: Final[dict[str, Source]] = {
     ),
     "torchao-nf4-0-1": Source(
         "code",
-        "torchao 0.1, NF4 tensors",
-        "https://github.com/pytorch/ao/blob/ff2889540075e8c8d0a2f4b9900da1b9136ae376/torchao/dtypes/nf4tensor.py",
+        "torchao of April 2024, NF4 tensors",
+        "https://github.com/pytorch/ao/blob/9723178ab1cbb96bfe90d426eca73d9026d13ee9/torchao/dtypes/nf4tensor.py",
     ),
     "torch-softmax": Source(
         "code", "PyTorch 2.13.0, softmax on CUDA", f"{_TORCH}/aten/src/ATen/native"

@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from benchmarks.accuracy.comparison import Comparison
 from benchmarks.accuracy.meters import readings
 from estimator.catalog import Access
-from estimator.model.spec import Linear
 from estimator.pipeline import answer, engine_for
 from estimator.service import model_config
 from estimator.units import gib
@@ -110,34 +109,8 @@ def _cache(comparison: Comparison) -> str | None:
 
 
 _TORCHTUNE: Final = ("torchtune-docs-tutorials", "torchtune-readme-llama2-2024")
-_CODES: Final = 16
 # What torchtune's Llama 2 allows: models/llama2/_model_builders.py, llama2_7b.
 LONGEST: Final = 4096
-
-
-def _conversion_to_nf4(comparison: Comparison) -> str | None:
-    """torchao compared every value of a weight with all 16 codes at once while the model was made.
-
-    Shapes, with P values in the largest packed matrix:
-        differences, and their absolute values  [P, 16]  2 bytes each
-
-    Source: torchao before commit 6081796bc, dtypes/nf4tensor.py, quantize_tensor_nearest.
-    """
-    row, request = comparison.run.row, comparison.run.request
-    if row.source_group not in _TORCHTUNE or row.method != "qlora":
-        return None
-    model = model_config(request, Access.CATALOGUE)
-    largest = max(
-        module.weight().parameters
-        for module, _ in engine_for(request, model.config, model.id).run.spec.module_counts()
-        if isinstance(module, Linear) and module.format is not None
-    )
-    return (
-        "the meter still holds what making the model had reserved: "
-        f"2 x [P, 16] x 2 B = {gib(2 * _CODES * HALF * largest)} while the largest matrix is "
-        "converted to NF4. The tutorial prints 9.13 GB reserved before training and 9.29 GB with "
-        "it; the estimate is of training alone"
-    )
 
 
 def _shorter_batches(comparison: Comparison) -> str | None:
@@ -221,7 +194,6 @@ EXPLANATIONS: Final[tuple[Callable[[Comparison], str | None], ...]] = (
     _unknown_card,
     _cache,
     _full_card,
-    _conversion_to_nf4,
     _shorter_batches,
     _blocks_of_other_lengths,
     _unstated_batch,

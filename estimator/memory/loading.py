@@ -17,7 +17,7 @@ from estimator.memory.average import average_sizes
 from estimator.memory.ledger import Entry, Ledger, constant_row
 from estimator.memory.standing import model_entries
 from estimator.memory.timeline import Moment
-from estimator.model.loading import LARGEST_SMALL, Event, Loading
+from estimator.model.loading import Event, Loading
 from estimator.model.spec import Buffer, LayerKind, Linear, Module, held
 from estimator.run import Run
 from estimator.sources import Cite
@@ -147,9 +147,7 @@ def _bytes(buffer: Buffer) -> int:
 
 
 def _table(log: Loading, buffer: Buffer) -> Serials:
-    """Allocate a buffer; small ones, such as frequencies, share the first small segment."""
-    size = _bytes(buffer)
-    return (log.new(buffer.name, size, "buffers"),) if size > LARGEST_SMALL else ()
+    return (log.new(buffer.name, _bytes(buffer), "buffers"),)
 
 
 # In the order in which torchtune's builders make them, and in which a layer has them.

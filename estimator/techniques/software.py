@@ -166,6 +166,10 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
         ),
         "0.3": SoftwareProfile(
             "torchtune-0-6",
+            (
+                "a second packed copy of each layer without an adapter, in QLoRA with adapters on "
+                "some layers only: torchtune 0.3 keeps it under the name nf4_weight",
+            ),
             model_code="estimator.model.torchtune:read_middle",
             described=_TORCHTUNE,
             formats=fitted_middle,

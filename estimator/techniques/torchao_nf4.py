@@ -150,13 +150,17 @@ class Nf4Tensor(Struct, frozen=True):
         return whole
 
     def copied(self, log: Loading, linear: Linear) -> Serials:
-        """Return a copy, which is packed anew from the whole weight.
+        """Return a deep copy: the weight is packed anew, and replaced by copies of the parts.
 
-        Source: torchao-nf4, clone.
+        Source: torchao-nf4, clone; torch-tensor, Tensor.__deepcopy__.
         """
         whole = self.dequantize(log, linear)
-        made = self.quantize(log, linear)
+        packed = self.quantize(log, linear)
         log.drop(whole)
+        data, scalers, factor, mean, codes = self.weights(linear)
+        parts = (_kept(log, linear, each) for each in (scalers, factor, mean, data, codes))
+        made = tuple(serial for part in parts for serial in part)
+        log.drop(packed)
         return made
 
     def filled(self, log: Loading, linear: Linear, held: Serials) -> Serials:
