@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from estimator.components import COMPONENTS
+from estimator.memory.loading import LOADING
 from estimator.result import Result, ResultRow
 
 
@@ -61,9 +62,14 @@ def subtract(left: Result, right: Result) -> Comparison:
 
 
 def by_phase(result: Result) -> dict[str, int]:
-    """Return the highest moment of each phase; the analytic engine's moments name sites as well."""
+    """Return the highest moment of each phase; the analytic engine's moments name sites as well.
+
+    The dry run begins with the model on the device, so loading is left out.
+    """
     highest: dict[str, int] = {}
     for moment in result.timeline:
+        if moment.moment == LOADING:
+            continue
         phase = moment.moment.split(":", 1)[0].removeprefix("end of ")
         highest[phase] = max(highest.get(phase, 0), moment.bytes)
     return highest

@@ -34,8 +34,6 @@ CASES = {case.id: case for case in cases(SCORED)[0]}
 # not found yet; of usamec there are one and two rows, of torchao three. docs/accuracy.md has the
 # numbers.
 EXCEPTIONS = {
-    ("fitcheck-llm", "torchtune-readme-llama2-2024", "reserved"),
-    ("ftuneai", "torchtune-readme-llama2-2024", "reserved"),
     ("fitcheck-llm", "torchtune-docs-tutorials", "reserved"),
     ("hf-vram-calc", "torchtune-docs-tutorials", "reserved"),
     ("torch-preflight", "torchtune-docs-tutorials", "reserved"),

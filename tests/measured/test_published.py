@@ -31,7 +31,7 @@ MEDIAN_BOUNDS = {
     ("litgpt-resource-tables", "allocated"): 0.003,
     ("lomo-paper", "allocated"): 0.016,
     ("torchao-docs", "allocated"): 0.031,
-    ("torchtune-docs-tutorials", "reserved"): 0.061,
+    ("torchtune-docs-tutorials", "reserved"): 0.064,
     ("torchtune-readme-llama2-2024", "reserved"): 0.060,
     ("usamec", "device-used"): 0.042,
 }
