@@ -113,7 +113,6 @@ _TORCHTUNE: Final = ("torchtune-docs-tutorials", "torchtune-readme-llama2-2024")
 LONGEST: Final = 4096
 
 
-
 def _shorter_batches(comparison: Comparison) -> str | None:
     """The longest sample of the data set is an upper bound for the batches that were run."""
     row, request = comparison.run.row, comparison.run.request

@@ -32,7 +32,7 @@ MEDIAN_BOUNDS = {
     ("lomo-paper", "allocated"): 0.016,
     ("torchao-docs", "allocated"): 0.031,
     ("torchtune-docs-tutorials", "reserved"): 0.064,
-    ("torchtune-readme-llama2-2024", "reserved"): 0.060,
+    ("torchtune-readme-llama2-2024", "reserved"): 0.019,
     ("usamec", "device-used"): 0.042,
 }
 WORST_BOUNDS = {
@@ -41,8 +41,8 @@ WORST_BOUNDS = {
     ("litgpt-resource-tables", "allocated"): 0.015,
     ("lomo-paper", "allocated"): 0.016,
     ("torchao-docs", "allocated"): 0.035,
-    ("torchtune-docs-tutorials", "reserved"): 0.369,
-    ("torchtune-readme-llama2-2024", "reserved"): 0.212,
+    ("torchtune-docs-tutorials", "reserved"): 0.067,
+    ("torchtune-readme-llama2-2024", "reserved"): 0.051,
     ("usamec", "device-used"): 0.070,
 }
 
