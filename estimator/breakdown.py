@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from estimator.calibration import HANDLES, DeviceConstants
 from estimator.components import COMPONENTS, Component
-from estimator.eager.size import Polynomial
+from estimator.eager.size import Polynomial, evaluate
 from estimator.memory.ledger import Entry, Ledger, Row, constant_row
 from estimator.memory.timeline import Moment
 from estimator.result import ComponentRows, MomentBytes, Range, ResultRow, RunnerUp
@@ -58,6 +58,7 @@ class View(Struct, frozen=True):
     def breakdown(self, peak: Highest) -> tuple[ComponentRows, ...]:
         """Return the rows that are alive at a moment by component, largest first."""
         rows: dict[str, list[ResultRow]] = {}
+        numbers = _numbers(*self.numbers)
         for entry in _merged(peak.moment.alive.plus(*self._overhead(peak))):
             size = self._size(entry)
             if size == 0:
@@ -69,7 +70,7 @@ class View(Struct, frozen=True):
                     site=row.site,
                     count=entry.count,
                     bytes=size * entry.count,
-                    formula=_with_numbers(row.formula, entry.count, *self.numbers),
+                    formula=_with_numbers(row.formula, entry.count, numbers),
                     source=str(row.source),
                     basis=row.basis,
                 )
@@ -90,9 +91,11 @@ class View(Struct, frozen=True):
         for each in moments:
             components: dict[Component, int] = dict.fromkeys(COMPONENTS, 0)
             components.update(each.moment.standing.constant_components)
-            for entry in (*each.moment.passing.entries, *self._overhead(each)):
+            for component, size in each.moment.components:
+                components[component] += evaluate(size, self.at)
+            for entry in self._overhead(each):
                 components[entry.row.component] += self._size(entry) * entry.count
-            shown: dict[str, int] = {key: size for key, size in components.items() if size}
+            shown: dict[str, int] = {key: value for key, value in components.items() if value}
             timeline.append(MomentBytes(each.moment.name, sum(shown.values()), shown))
         return tuple(timeline)
 
@@ -128,17 +131,28 @@ def _merged(ledger: Ledger) -> list[Entry]:
     return [Entry(row, count) for row, count in counts.items() if count]
 
 
-def _with_numbers(formula: str, count: int, b: int, s: int, t: int = 0) -> str:
+_Numbers = tuple[tuple[str, str], ...]
+
+
+def _numbers(b: int, s: int, t: int = 0) -> _Numbers:
+    """Return what stands in formulas for the request's numbers, and what takes its place."""
+    return tuple(
+        (f"{before}{letter}{after}", f"{before}{letter}={value}{after}")
+        for letter, value in (("b", b), ("s", s), ("t", t))
+        for before, after in (("[", ","), ("[", "]"), (" ", ","), (" ", "]"))
+    )
+
+
+def _with_numbers(formula: str, count: int, numbers: _Numbers) -> str:
     """Put the request's numbers into a row's formula.
 
     Example:
-        >>> _with_numbers("[b, s, h=4096] x 2 B", 32, 4, 2048)
+        >>> _with_numbers("[b, s, h=4096] x 2 B", 32, _numbers(4, 2048))
         '32 x [b=4, s=2048, h=4096] x 2 B'
     """
     filled = formula
-    for letter, value in (("b", b), ("s", s), ("t", t)):
-        for before, after in (("[", ","), ("[", "]"), (" ", ","), (" ", "]")):
-            filled = filled.replace(f"{before}{letter}{after}", f"{before}{letter}={value}{after}")
+    for letter, value in numbers:
+        filled = filled.replace(letter, value)
     return f"{count} x {filled}" if count != 1 else filled
 
 

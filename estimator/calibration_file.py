@@ -27,7 +27,7 @@ Quantity = Literal[Meter, "needed"]
 Kind = Literal["full", "adapters", "quantized"]
 
 
-class Traits(Struct, frozen=True):
+class Traits(Struct, frozen=True, cache_hash=True):
     """What decides whether a request is like the runs that were measured.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
+from math import inf
 from typing import Any, Final
 
 from msgspec import Struct, structs
@@ -24,9 +25,8 @@ from estimator.calibration import (
 from estimator.calibration_file import Traits
 from estimator.catalog import Gpu
 from estimator.eager.float8 import MULTIPLE
-from estimator.eager.size import Polynomial, powers
+from estimator.eager.size import powers
 from estimator.eager.tensor import Regime
-from estimator.memory.allocator import charge
 from estimator.memory.average import average_host_bytes
 from estimator.memory.caching_allocator import DEFAULT_SETTINGS, AllocatorSettings
 from estimator.memory.hessian_pass import hessian_pass
@@ -43,7 +43,7 @@ from estimator.resolve import check_gpu, check_length, check_tokens, resolve
 from estimator.result import Capacity, Limits, Parameters, Peak, Range, Result, Verdict
 from estimator.run import Run
 from estimator.techniques.kernels import COMPILATIONS
-from estimator.techniques.optimizers import cpu_offload
+from estimator.techniques.optimizers import Trained, cpu_offload
 from estimator.techniques.software import profile
 from estimator.traits import software_of, traits
 from estimator.verdict import judge
@@ -111,9 +111,8 @@ class Engine:
         self.managed = managed_bytes(run)
         # Backward multiplies in a thread of its own.
         self.handles = 1 if run.forward_only else HANDLES
-        self.windows = tuple(
-            kind.sliding_window for kind in run.spec.kinds if kind.sliding_window is not None
-        )
+        windows = (kind.sliding_window for kind in run.spec.kinds)
+        self.window: float = min((each for each in windows if each is not None), default=inf)
         # Only attention without a fused kernel tells one row from several.
         self.multiplies_scores = (
             run.settings.attention == "eager"
@@ -138,23 +137,32 @@ class Engine:
             ),
             None,
         )
+        self._loss_rows = LOSSES[run.loss].rows
         self._traces = traces
         self._steps: dict[Regime, Step] = {}
         # The same run uncompiled, which dynamo may fall back to.
         self.eager: Engine | None = None
         self._replays = lru_cache(maxsize=KEPT_REPLAYS)(self._replay)
 
+    @cached_property
+    def trained(self) -> tuple[Trained, ...]:
+        """Every tensor that the optimizer is given."""
+        return trained_tensors(self.run)
+
     def step(self, micro_batch_size: int, seq_len: int) -> Step:
         """Return the moments of the step in the regime of this micro-batch and length."""
-        regime = self._regime(micro_batch_size, seq_len)
-        if regime not in self._steps:
+        return self._step(self._regime_of(self.numbers(micro_batch_size, seq_len)))
+
+    def _step(self, regime: Regime) -> Step:
+        step = self._steps.get(regime)
+        if step is None:
             second = hessian_pass(self.run)
-            self._steps[regime] = compile_step(
+            step = self._steps[regime] = compile_step(
                 self.run,
                 self._trace(regime),
                 trace(second, regime) if second is not None else None,
             )
-        return self._steps[regime]
+        return step
 
     @cached_property
     def loading(self) -> Moment | None:
@@ -171,18 +179,17 @@ class Engine:
             self._traces[regime] = trace(self.run, regime)
         return self._traces[regime]
 
-    def _regime(self, micro_batch_size: int, seq_len: int) -> Regime:
+    def _regime_of(self, numbers: tuple[int, int, int]) -> Regime:
         """Return the switches; one that this run has no use for stays where it is."""
-        micro_batch_size, seq_len = self.run.batch(micro_batch_size, seq_len)
-        seq_len, second = self.run.lengths(seq_len)
-        tokens = micro_batch_size * seq_len
-        looked_up = tokens if self.trains_embeddings else micro_batch_size * self.run.prefix_tokens
+        rows, seq_len, second = numbers
+        tokens = rows * seq_len
+        looked_up = tokens if self.trains_embeddings else rows * self.run.prefix_tokens
         return Regime(
             sorts_embedding_gradient=looked_up > SORTED_EMBEDDING_TOKENS,
             dequantizes=self.packed_tokens is not None and tokens > self.packed_tokens,
-            exceeds_window=any(max(seq_len, second) >= window for window in self.windows),
-            several_rows=micro_batch_size > 1 or not self.multiplies_scores,
-            loss_rows=LOSSES[self.run.loss].rows(self.run.spec, tokens),
+            exceeds_window=max(seq_len, second) >= self.window,
+            several_rows=rows > 1 or not self.multiplies_scores,
+            loss_rows=self._loss_rows(self.run.spec, tokens),
             aligned_tokens=not self.run.pads_tokens or tokens % MULTIPLE == 0,
         )
 
@@ -193,15 +200,22 @@ class Engine:
 
     def read(self, micro_batch_size: int, seq_len: int, constants: DeviceConstants) -> Reading:
         """Return the peak at one micro-batch and length on one kind of device."""
-        at = powers(*self.numbers(micro_batch_size, seq_len))
-        top = self.step(micro_batch_size, seq_len).top(at)
-        allocated = rounded_bytes(top, at) + self.handles * constants.cublas_workspace
+        numbers = self.numbers(micro_batch_size, seq_len)
+        at = powers(*numbers)
+        top = self._step(self._regime_of(numbers)).top(at)
+        allocated = top.blocks_at(at) + self.handles * constants.cublas_workspace
         if self.loading is not None and self.loading.standing.constant_charge > allocated:
             top, allocated = self.loading, self.loading.standing.constant_charge
         if self.eager is None:
             return Reading(top, allocated)
         eager = self.eager.read(micro_batch_size, seq_len, constants).allocated
         return Reading(top, allocated, eager, self._unpooled(micro_batch_size, seq_len))
+
+    def least_bytes(self, micro_batch_size: int, seq_len: int) -> int:
+        """Return what the tensors of the step take at once: no device does with less."""
+        numbers = self.numbers(micro_batch_size, seq_len)
+        at = powers(*numbers)
+        return self._step(self._regime_of(numbers)).top(at).bytes_at(at)
 
     def _unpooled(self, micro_batch_size: int, seq_len: int) -> int:
         """Bytes of the moments behind backward that a pool of CUDA graphs cannot serve."""
@@ -232,8 +246,8 @@ class Engine:
     def _replay(
         self, micro_batch_size: int, seq_len: int, workspace: int, capacity: int | None
     ) -> Blocks:
-        at = powers(*self.numbers(micro_batch_size, seq_len))
-        return blocks(self.run, self._regime(micro_batch_size, seq_len), at, workspace, capacity)
+        numbers = self.numbers(micro_batch_size, seq_len)
+        return blocks(self.run, self._regime_of(numbers), powers(*numbers), workspace, capacity)
 
     def reserved(
         self,
@@ -250,18 +264,18 @@ class Engine:
             settings: of the allocator.
             earlier: lengths of the steps before.
         """
-        regime = self._regime(micro_batch_size, seq_len)
         lengths = tuple(powers(*self.numbers(micro_batch_size, each)) for each in earlier)
-        at = powers(*self.numbers(micro_batch_size, seq_len))
+        numbers = self.numbers(micro_batch_size, seq_len)
+        regime, at = self._regime_of(numbers), powers(*numbers)
         workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
         conditions = Conditions(settings, lengths)
         return blocks(self.run, regime, at, workspace, capacity, conditions).reserved
 
     def requests(self, micro_batch_size: int, seq_len: int, device: Device) -> Iterator[Request]:
         """Yield every request for memory until the end of the second step."""
-        at = powers(*self.numbers(micro_batch_size, seq_len))
+        numbers = self.numbers(micro_batch_size, seq_len)
         workspaces = self.handles * device.constants.cublas_workspace
-        return requests(self.run, self._regime(micro_batch_size, seq_len), at, workspaces)
+        return requests(self.run, self._regime_of(numbers), powers(*numbers), workspaces)
 
 
 def _left_to_tensors(device: Device) -> int | None:
@@ -271,15 +285,6 @@ def _left_to_tensors(device: Device) -> int | None:
         return None
     left = usable - device.constants.context.expected
     return left if left > 0 else None
-
-
-def rounded_bytes(moment: Moment, at: Polynomial) -> int:
-    """Sum the blocks that the allocator hands out for everything alive at a moment."""
-    passing = sum(
-        charge(coefficient * at[index]) * count
-        for coefficient, index, count in moment.passing_sizes
-    )
-    return moment.standing.constant_charge + passing
 
 
 def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
@@ -419,7 +424,7 @@ def answer(
             reserved = Range(reserved.low, reserved.expected, reserved.high + unpooled)
             reasons = (RECORDED.reason, *reasons)
     host = engine.step(b, s).pinned_bytes(at) + average_host_bytes(engine.run)
-    trained = trained_tensors(engine.run)
+    trained = engine.trained
     host += cpu_offload.host_bytes(engine.run, trained)
     late = cpu_offload.late_bytes(engine.run, trained)
     reserved = Range(reserved.low, reserved.expected, reserved.high + late)
@@ -469,13 +474,13 @@ NOT_MODELLED = (
 
 def _defaults(request: EstimateRequest) -> tuple[str, ...]:
     """Return one note that names every field that has its default value."""
-    values, default = request.to_dict(), _DEFAULT.to_dict()
+    values, default = request.to_dict(), _DEFAULT
     same = [name for name in _TOLD if values[name] == default[name]]
     shown = ", ".join(f"{name} {_short(values[name])}" for name in same)
     return (f"defaults: {shown}",) if shown else ()
 
 
-_DEFAULT: Final = EstimateRequest(model="")
+_DEFAULT: Final = EstimateRequest(model="").to_dict()
 
 
 _TOLD = (

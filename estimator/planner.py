@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 from msgspec import Struct
@@ -107,7 +108,10 @@ def _smallest_gpu(engine: Engine, request: EstimateRequest) -> str | None:
     """
     b, s = request.micro_batch_size, request.seq_len
     readings: dict[int, Reading] = {}
+    least = engine.least_bytes(b, s)
     for gpu in _candidates(request):
+        if (gpu.usable_bytes or 0) < least:
+            continue
         device = device_of(gpu, request)
         workspace = device.constants.cublas_workspace
         if workspace not in readings:
@@ -131,6 +135,7 @@ def _candidates(request: EstimateRequest) -> list[Gpu]:
     ]
 
 
+@lru_cache(maxsize=1)
 def _by_memory() -> list[Gpu]:
     cards = [
         gpu
@@ -152,9 +157,10 @@ class _Change(Struct, frozen=True):
 def suggestions(question: Question) -> tuple[Suggestion, ...]:
     """Return up to three changes that make the run fit cheapest, or else save most."""
     before = needs(question, question.request)
+    document = question.request.to_dict()
     found = []
     for change in _changes(question.request):
-        after = needs(question, _changed(question.request, change.fields))
+        after = needs(question, convert_request({**document, **change.fields}))
         if after is None or before is None or after.bytes >= before.bytes:
             continue
         found.append(
@@ -178,10 +184,6 @@ def _cheapest_that_fits(each: Suggestion) -> tuple[int, int, int]:
     """Rank what fits before what does not, then the cheap before the dear, then by saving."""
     fits = 0 if each.verdict_after == "fits" else 1
     return (fits, _RANK[each.cost] if fits == 0 else 0, -each.saves_bytes)
-
-
-def _changed(request: EstimateRequest, fields: dict[str, Any]) -> EstimateRequest:
-    return convert_request({**request.to_dict(), **fields})
 
 
 def _changes(request: EstimateRequest) -> Iterator[_Change]:

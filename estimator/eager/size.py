@@ -7,10 +7,12 @@ cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from struct import Struct
 from typing import Final
 
-from msgspec import Struct
+import msgspec
 
 # Exponents of (b, s, t) in the order in which polynomials list coefficients.
 MONOMIALS: Final[tuple[tuple[int, int, int], ...]] = (
@@ -20,7 +22,7 @@ Polynomial = tuple[int, int, int, int, int, int, int, int]
 ZERO: Final[Polynomial] = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
-class Dim(Struct, frozen=True, eq=False):
+class Dim(msgspec.Struct, frozen=True, eq=False):
     """One dimension of a shape: a number with the letter that formulas use, or b, s or t itself."""
 
     letter: str
@@ -55,6 +57,58 @@ def elements(shape: Shape) -> tuple[int, int]:
         in_seq += each.power[1]
         in_second += each.power[2]
     return coefficient, MONOMIALS.index((in_batch, in_seq, in_second))
+
+
+_LANE_BITS: Final = 64
+
+
+class Lanes:
+    """Many polynomials as one: each has 64 bits of the digits of one long number.
+
+    A product of such a number with a power of the micro-batch and length evaluates a monomial of
+    them all. One lane more, on top, holds what no polynomial exceeds, and tells when 64 bits are
+    not enough.
+
+    Example:
+        >>> few = Lanes([(5, 1, 0, 0, 0, 0, 0, 0), (0, 0, 3, 0, 0, 0, 0, 0)])
+        >>> few.at(powers(4, 100))
+        (9, 300)
+    """
+
+    def __init__(self, polynomials: Sequence[Polynomial]) -> None:
+        self._polynomials = tuple(polynomials)
+        self._top = _LANE_BITS * len(self._polynomials)
+        self._lanes = Struct(f"<{len(self._polynomials)}Q")
+        # What is negative would borrow from its neighbour.
+        self._packs = all(each >= 0 for one in polynomials for each in one)
+        self._columns = tuple(
+            (index, _packed((*column, max(column))))
+            for index, column in enumerate(zip(*self._polynomials, strict=True))
+            if any(column)
+        )
+
+    def at(self, at: Polynomial) -> tuple[int, ...]:
+        """Return the value of each polynomial, in their order."""
+        if self._packs:
+            packed = 0
+            for index, column in self._columns:
+                packed += column * at[index]
+            most = packed >> self._top
+            if not most >> _LANE_BITS:
+                packed -= most << self._top
+                return self._lanes.unpack(packed.to_bytes(self._lanes.size, "little"))
+        return tuple(evaluate(each, at) for each in self._polynomials)
+
+
+def _packed(lanes: Sequence[int]) -> int:
+    return sum(each << _LANE_BITS * lane for lane, each in enumerate(lanes))
+
+
+def evaluate(polynomial: Polynomial, at: Polynomial) -> int:
+    """Return the value of one polynomial."""
+    a, b = polynomial, at
+    low = a[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5]
+    return low + a[6] * b[6] + a[7] * b[7]
 
 
 def powers(micro_batch_size: int, seq_len: int, second: int = 0) -> Polynomial:

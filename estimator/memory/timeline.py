@@ -11,8 +11,10 @@ from typing import Protocol
 
 from msgspec import Struct, structs
 
-from estimator.eager.size import ZERO, Polynomial
+from estimator.components import Component
+from estimator.eager.size import ZERO, Lanes, Polynomial, evaluate
 from estimator.eager.tensor import Instant, Live
+from estimator.memory.allocator import charge
 from estimator.memory.average import average_entries
 from estimator.memory.clipping import clipping_entries
 from estimator.memory.hessian_pass import HESSIAN
@@ -51,29 +53,46 @@ class Moment(Struct, frozen=True, dict=True):
 
     def bytes_at(self, at: Polynomial) -> int:
         """Bytes at the micro-batch and length whose powers are given."""
-        a, b = self.total, at
-        low = a[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4] + a[5] * b[5]
-        return low + a[6] * b[6] + a[7] * b[7]
+        return evaluate(self.total, at)
 
     @cached_property
     def passing(self) -> Ledger:
         """What is alive at this moment beside the standing entries."""
         return self.place.passing()
 
+    def blocks_at(self, at: Polynomial) -> int:
+        """Bytes of the blocks that the allocator hands out for everything alive at this moment."""
+        total, sizes = self._blocks
+        for coefficient, index, count in sizes:
+            total += charge(coefficient * at[index]) * count
+        return total
+
     @cached_property
-    def passing_sizes(self) -> tuple[tuple[int, int, int], ...]:
-        """The sizes of `passing`, alike ones together: (coefficient, index, number of tensors)."""
+    def _blocks(self) -> tuple[int, tuple[tuple[int, int, int], ...]]:
+        """The blocks of constant size, and sizes that grow: (coefficient, index, how many)."""
+        total = self.standing.constant_charge
         counts: dict[tuple[int, int], int] = {}
         for each in self.passing.entries:
-            counts[each.row.size] = counts.get(each.row.size, 0) + each.count
-        return tuple((*size, count) for size, count in counts.items())
+            if each.row.size[1] == 0:
+                total += charge(each.row.size[0]) * each.count
+            else:
+                counts[each.row.size] = counts.get(each.row.size, 0) + each.count
+        return total, tuple((*size, count) for size, count in counts.items())
+
+    @cached_property
+    def components(self) -> tuple[tuple[Component, Polynomial], ...]:
+        """The bytes of `passing` by component."""
+        sizes: dict[Component, list[tuple[tuple[int, int], int]]] = {}
+        for each in self.passing.entries:
+            sizes.setdefault(each.row.component, []).append((each.row.size, each.count))
+        return tuple((component, polynomial(found)) for component, found in sizes.items())
 
     @property
     def standing(self) -> Ledger:
         """What is alive at every moment."""
         return self.place.always
 
-    @property
+    @cached_property
     def alive(self) -> Ledger:
         """Everything that is alive at this moment, less what the step has dropped by then."""
         return self.standing.plus(*self.passing.entries).less_dropped()
@@ -101,7 +120,12 @@ class Step(Struct, frozen=True, dict=True):
 
     def top(self, at: Polynomial) -> Moment:
         """Return the highest of all moments, the first of those that are equal."""
-        return max(self._undominated, key=lambda each: each.bytes_at(at))
+        sizes = self._sizes.at(at)
+        return self._undominated[sizes.index(max(sizes))]
+
+    @cached_property
+    def _sizes(self) -> Lanes:
+        return Lanes([each.total for each in self._undominated])
 
     @cached_property
     def _undominated(self) -> tuple[Moment, ...]:

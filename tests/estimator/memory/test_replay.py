@@ -46,7 +46,7 @@ def test_a_card_decides_only_between_what_is_asked_for_and_what_would_be_held(sh
     """In between the allocator gives blocks back, as it does on a card of that size."""
     request = parse_request(REQUEST)
     engine = pipeline.engine_for(request, LLAMA, "llama")
-    regime, at = engine._regime(1, 700), powers(*engine.numbers(1, 700))
+    regime, at = engine._regime_of(engine.numbers(1, 700)), powers(*engine.numbers(1, 700))
     room = blocks(engine.run, regime, at, 8 * MiB, None)
     assert room.requested < room.reserved
     capacity = room.requested + round(share * (room.reserved - room.requested))
