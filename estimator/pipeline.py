@@ -25,7 +25,7 @@ from estimator.calibration import (
 from estimator.calibration_file import Traits
 from estimator.catalog import Gpu
 from estimator.eager.float8 import MULTIPLE
-from estimator.eager.size import powers
+from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
 from estimator.memory.average import average_host_bytes
 from estimator.memory.caching_allocator import DEFAULT_SETTINGS, AllocatorSettings
