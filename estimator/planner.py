@@ -20,6 +20,7 @@ from estimator.request import (
 )
 from estimator.result import Limits, Suggestion, Verdict
 from estimator.techniques.methods.lora import Lora
+from estimator.techniques.methods.partial import Partial
 from estimator.verdict import judge
 
 SHOWN: Final = 3
@@ -196,6 +197,9 @@ def _changes(request: EstimateRequest) -> Iterator[_Change]:
     if request.loop.keep_outputs:
         loop = {**request.loop.to_dict(), "keep_outputs": False}
         yield _Change({"loop": loop}, "drop the outputs before backward", "none")
+    if isinstance(request.method, Partial) and not request.method.freeze_others:
+        frozen = {**request.method.to_dict(), "freeze_others": True}
+        yield _Change({"method": frozen}, "freeze what the optimizer leaves out", "none")
     if request.loss == "standard":
         yield _Change({"loss": "cut_cross_entropy"}, "loss cut_cross_entropy, no logits", "none")
     if request.optimizer.name in ("adam", "adamw"):

@@ -1,0 +1,52 @@
+"""What the planner proposes, and that a proposal is what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from estimator.service import estimate
+
+# Llama-3.1-8B has 8,030,261,248 parameters (its model card), 218,112,000 of them in each layer.
+LEFT_OUT = 8_030_261_248 - 2 * 218_112_000
+
+PARTIAL: dict[str, Any] = {
+    "model": "meta-llama/Llama-3.1-8B",
+    "method": {"name": "partial", "last_layers": 2, "freeze_others": False},
+    "hardware": {"gpu": "rtx-4090"},
+}
+
+
+def test_freezing_what_the_optimizer_leaves_out_is_the_first_proposal():
+    """It costs nothing, and saves at least the bf16 gradients that nobody clears."""
+    first = estimate(PARTIAL).suggestions[0]
+    assert first.change["method"]["freeze_others"] is True
+    assert (first.cost, first.verdict_after) == ("none", "fits")
+    assert first.saves_bytes > 2 * LEFT_OUT
+
+
+@pytest.mark.parametrize(
+    "method", ["full", {"name": "partial", "last_layers": 2}, {"name": "lora"}]
+)
+def test_where_the_others_are_frozen_nobody_proposes_to_freeze_them(method):
+    found = estimate({**PARTIAL, "method": method}).suggestions
+    assert [each for each in found if "freeze_others" in each.change.get("method", {})] == []
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        PARTIAL,
+        {**PARTIAL, "method": "full"},
+        {**PARTIAL, "method": "lora", "attention": "eager", "micro_batch_size": 4},
+    ],
+)
+def test_a_proposal_saves_what_it_says_and_gets_the_verdict_it_says(recipe):
+    before = estimate(recipe)
+    assert before.suggestions
+    for each in before.suggestions:
+        after = estimate({**recipe, **each.change})
+        saved = before.peak.needed_bytes.expected - after.peak.needed_bytes.expected
+        assert saved == each.saves_bytes
+        assert after.verdict == each.verdict_after
