@@ -16,7 +16,12 @@ import click
 from click.core import ParameterSource
 
 from estimator import __version__
-from estimator.errors import CannotEstimateError, EstimatorError, MissingDependencyError
+from estimator.errors import (
+    CannotEstimateError,
+    EstimatorError,
+    MissingDependencyError,
+    did_you_mean,
+)
 from estimator.flags import (
     GroupedHelp,
     given_flags,
@@ -75,9 +80,10 @@ class EstimateGroup(GroupedHelp, click.Group):
         """Refuse an unknown word with the two things that it may have been meant to be."""
         command = self.get_command(ctx, args[0])
         if command is None:
+            known = self.list_commands(ctx)
             raise click.UsageError(
-                f"no such command {args[0]!r}; known: {', '.join(self.list_commands(ctx))}; "
-                "a model is named with --model"
+                f"no such command {args[0]!r}{did_you_mean(args[0], known)}; "
+                f"known: {', '.join(known)}; a model is named with --model"
             )
         return args[0], command, args[1:]
 
@@ -273,7 +279,7 @@ def exit_code(request: EstimateRequest, result: Result, *, fail_on: str | None =
     return EXIT_TIGHT if result.verdict == fail_on else EXIT_FITS
 
 
-@estimate.command(name="models", params=[JSON, NO_COLOR])
+@estimate.command(name="models", params=[JSON, NO_COLOR], short_help="List the catalogue's models.")
 @click.argument("pattern", default="")
 def list_models(pattern: str, as_json: bool, no_color: bool) -> int:
     """List the catalogue's models; PATTERN is a part of a name, or has * in it."""
@@ -285,7 +291,7 @@ def list_models(pattern: str, as_json: bool, no_color: bool) -> int:
     return EXIT_FITS
 
 
-@estimate.command(name="gpus", params=[JSON, NO_COLOR])
+@estimate.command(name="gpus", params=[JSON, NO_COLOR], short_help="List the catalogue's GPUs.")
 @click.argument("pattern", default="")
 def list_gpus(pattern: str, as_json: bool, no_color: bool) -> int:
     """List the catalogue's GPUs; PATTERN is a part of a name, or has * in it."""
@@ -354,6 +360,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = estimate.main(args=arguments, prog_name="estimate", standalone_mode=False)
         return outcome if isinstance(outcome, int) else EXIT_FITS
+    except click.NoSuchOption as error:
+        given = sys.argv[1:] if arguments is None else arguments
+        return _failed(error.format_message() + _two_dashes(error, given), error.exit_code)
     except click.ClickException as error:
         return _failed(error.format_message(), error.exit_code)
     except EstimatorError as error:
@@ -365,6 +374,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _failed(f"{error.strerror or error}", EXIT_USAGE)
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
+
+
+def _two_dashes(error: click.NoSuchOption, given: Sequence[str]) -> str:
+    """Return what to write instead of a long option that was typed with one dash."""
+    if error.option_name.startswith("--"):
+        return ""
+    wide = (each for each in given if len(each) > 2 and each.startswith(error.option_name))
+    word = next(wide, None)
+    return "" if word is None else f" Long options begin with two dashes: -{word}"
 
 
 def _failed(message: str, code: int) -> int:

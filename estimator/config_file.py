@@ -42,7 +42,9 @@ def read_config(path: Path) -> dict[str, Any]:
             text = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UnknownModelError(f"cannot read {path}: {reason}") from None
+        raise UnknownModelError(
+            f"cannot read {path}: {reason}; give the path of a config.json, or of its folder"
+        ) from None
     return parse_config(text, str(path))
 
 

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the known word that is nearest, as the end of a refusal; nothing where none is near.
+
+    Example:
+        >>> did_you_mean("lorra", ["full", "lora", "loha"])
+        "; did you mean 'lora'?"
+    """
+    # difflib is slow to import and needed only on this path.
+    import difflib
+
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class EstimatorError(Exception):

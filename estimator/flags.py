@@ -17,7 +17,7 @@ import msgspec
 from click.core import ParameterSource
 from msgspec import NODEFAULT, Struct, structs
 
-from estimator.errors import InvalidRequestError
+from estimator.errors import InvalidRequestError, did_you_mean
 from estimator.request import (
     METHOD_ALIASES,
     METHODS,
@@ -27,7 +27,7 @@ from estimator.request import (
     parse_request,
 )
 from estimator.section import Section
-from estimator.units import parse_size
+from estimator.units import MiB, parse_size
 
 if TYPE_CHECKING:
     # Newer versions of click have generic types here, older ones at run time do not.
@@ -282,10 +282,14 @@ class Size(ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the size in bytes."""
+        text = str(value).strip()
         try:
-            return parse_size(str(value))
+            size = parse_size(text)
         except (ValueError, OverflowError) as error:
             self.fail(str(error), param, ctx)
+        if text.isdigit() and 0 < size < MiB:
+            self.fail(f"{text} is {size} bytes; write a unit, such as {text}GiB", param, ctx)
+        return size
 
 
 class Names(ParamType):
@@ -335,7 +339,18 @@ class JsonObject(ParamType):
             self.fail(f'{value!r} is no JSON object such as {{"q_proj": 8}}', param, ctx)
 
 
-class SwitchOr(ChoiceType):
+class Word(ChoiceType):
+    """A choice of words; a refusal names the nearest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """Return the refusal: the nearest word first, because a long list is cut."""
+        refusal = super().get_invalid_choice_message(value, ctx)
+        said, _, known = refusal.partition(" is not one of ")
+        nearest = did_you_mean(str(value), map(str, self.choices)).removeprefix("; ")
+        return f"{said} is not one of {known}{' ' if nearest else ''}{nearest.capitalize()}"
+
+
+class SwitchOr(Word):
     """A choice of words, `true` and `false` among them."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -361,7 +376,7 @@ def _click_type(pointer: str, field: Field) -> ParamType:
         return SwitchOr(("true", "false", *literals), case_sensitive=False)
     if literals:
         choices = dict.fromkeys(literals + _SHORT_CHOICES.get(pointer, ()))
-        return click.Choice(tuple(choices), case_sensitive=False)
+        return Word(tuple(choices), case_sensitive=False)
     if pointer.endswith("_bytes"):
         return Size()
     numbers: dict[Any, ParamType] = {int: click.INT, float: click.FLOAT}
@@ -500,8 +515,9 @@ def _refuse_unless_chosen(pointer: str, section: Any) -> None:
     if name == "method":
         takers = _methods_with(pointer.split("/")[2])
         if chosen not in takers:
-            listed = " or ".join(f"--method {each}" for each in takers)
-            raise click.UsageError(f"{flag.option} needs {listed}")
+            *others, last = takers
+            listed = f"{', '.join(others)} or {last}" if others else last
+            raise click.UsageError(f"{flag.option} needs --method {listed}")
     if name == "quantization" and section is None:
         raise click.UsageError(f"{flag.option} needs --quantization nf4, or --method qlora")
     if name in ("fp8", "qat") and section is None:

@@ -30,6 +30,7 @@ _MAX_BYTES: Final = 4 * MAX_MESSAGE_CHARACTERS
 @click.command(
     cls=GroupedHelp,
     name="reconcile",
+    short_help="Say what would explain a measurement, or an OOM message.",
     params=[
         click.Option(
             ["--measured"], metavar="SIZE", help="What was measured: 19.4GiB, 20.8GB, 19866MiB."

@@ -4,7 +4,6 @@ Names follow HF, TRL, PEFT and DeepSpeed. Everything but `model` has a default. 
 field knows but this version cannot answer is refused by name in `resolve.py`, not here.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from estimator.errors import (
     InvalidRequestError,
     MalformedDocumentError,
     UnsupportedCombinationError,
+    did_you_mean,
 )
 from estimator.optimizer import Optimizer
 from estimator.section import Count, Names, Section, SizeBytes
@@ -519,6 +519,7 @@ _PLACE: Final = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(?P<name>.*)`")
 _SHOWN_CHARACTERS: Final = 60
+_MEANING: Final = {"confidence": "; 0.95 stands for 95 %"}
 
 
 def _refusal(message: str, document: Any) -> InvalidRequestError:
@@ -536,6 +537,7 @@ def _refusal(message: str, document: Any) -> InvalidRequestError:
         detail = "this field is required"
     else:
         detail = f"{detail[0].lower()}{detail[1:].replace('`', '')}{_given(document, steps)}"
+        detail += _MEANING.get("/".join(steps), "")
     pointer = "".join(f"/{each.replace('~', '~0').replace('/', '~1')}" for each in steps)
     text = f"{pointer.strip('/') or 'request'}: {detail}"
     return InvalidRequestError(text, ((pointer, detail),))
@@ -556,9 +558,8 @@ def _given(document: Any, steps: list[str]) -> str:
 
 
 def _unknown_field(name: str) -> str:
-    close = difflib.get_close_matches(name, sorted(known_fields()), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "; see `estimate --help` for the fields"
-    return f"unknown field {name!r}{hint}"
+    hint = did_you_mean(name, known_fields())
+    return f"unknown field {name!r}{hint or '; see `estimate --help` for the fields'}"
 
 
 def known_fields() -> set[str]:

@@ -9,7 +9,11 @@ from typing import Any, Final
 from msgspec import structs
 
 from estimator.catalog import Gpu
-from estimator.errors import InvalidRequestError, UnsupportedCombinationError
+from estimator.errors import (
+    InvalidRequestError,
+    UnsupportedCombinationError,
+    did_you_mean,
+)
 from estimator.memory.standing import trained_tensors
 from estimator.model.families import read_spec
 from estimator.model.forward import Settings
@@ -166,7 +170,8 @@ def optimizer_choice(request: EstimateRequest) -> OptimizerChoice:
     row = OPTIMIZERS.get(asked.name)
     if row is None:
         raise InvalidRequestError(
-            f"unknown optimizer {asked.name!r}; known: {', '.join(sorted(OPTIMIZERS))}"
+            f"unknown optimizer {asked.name!r}{did_you_mean(asked.name, OPTIMIZERS)}; "
+            f"known: {', '.join(sorted(OPTIMIZERS))}"
         )
     implementation = asked.implementation or row.default
     if implementation not in row.updates:
@@ -243,7 +248,7 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
     old_trl = trl and request.software.version in TRL_WITHOUT_HEAD
     new_trl = trl and not old_trl
     refused = {
-        f"task {request.task!r}": request.task not in ("sft", "pretrain"),
+        f"task {request.task!r} (beside sft and pretrain)": request.task not in ("sft", "pretrain"),
         f"loss {request.loss!r} with software 'trl', whose SFTTrainer has a head of its own "
         "(loss 'chunked')": new_trl and request.loss == "standard",
         "loss 'chunked' with this version of TRL, whose loss is 'standard',": (
@@ -295,7 +300,7 @@ def _refuse_unsupported(request: EstimateRequest, optimizer: OptimizerChoice) ->
             and request.quantization is not None
             and request.quantization.name == "fp4"
         ),
-        "parallelism other than one GPU": (
+        "parallelism other than one GPU (num_gpus 1, every degree 1)": (
             request.parallelism != default or request.hardware.num_gpus != 1
         ),
     }
@@ -396,7 +401,8 @@ def check_length(run: Run, seq_len: int) -> None:
         beside = f" and {virtual} virtual tokens" if virtual else ""
         raise InvalidRequestError(
             f"seq_len {seq_len}{beside} is beyond the {spec.max_positions} positions that this "
-            f"{spec.model_type} model has in its table"
+            f"{spec.model_type} model has in its table; give seq_len "
+            f"{spec.max_positions - virtual} or less"
         )
 
 

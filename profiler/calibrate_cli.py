@@ -19,7 +19,11 @@ from profiler.whole_file import write_whole
 _CHANGED: Final = 1
 
 
-@click.command(cls=GroupedHelp, name="calibrate")
+@click.command(
+    cls=GroupedHelp,
+    name="calibrate",
+    short_help="Compute ranges and constants from measurement records.",
+)
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--out",

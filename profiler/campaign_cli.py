@@ -46,7 +46,9 @@ _COUNT = click.IntRange(min=1)
 _STEPS = click.IntRange(min=STEPS)
 
 
-@click.command(cls=GroupedHelp, name="campaign")
+@click.command(
+    cls=GroupedHelp, name="campaign", short_help="Measure many requests, each in a fresh process."
+)
 @click.argument(
     "matrices", nargs=-1, required=True, type=click.Choice(list(MATRICES)), metavar="MATRIX..."
 )

@@ -38,6 +38,7 @@ _JSON: Final = click.Option(["--json", "as_json"], is_flag=True, help="Print the
 @click.command(
     cls=GroupedHelp,
     name="dry-run",
+    short_help="Run the real training step on fake tensors: no GPU needed.",
     params=[
         _REQUEST_FILE,
         _JSON,
@@ -87,6 +88,7 @@ def dry_run(ctx: click.Context, /, **options: Any) -> int:
 @click.command(
     cls=GroupedHelp,
     name="compare-engines",
+    short_help="Subtract the dry run from the analytic engine by row.",
     params=[_REQUEST_FILE, _OFFLINE, *request_options()],
 )
 @click.pass_context

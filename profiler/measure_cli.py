@@ -26,6 +26,7 @@ _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 @click.command(
     cls=GroupedHelp,
     name="measure",
+    short_help="Run real training steps on this machine's GPU.",
     params=[
         click.Option(
             ["--request", "request_file"],

@@ -79,7 +79,10 @@ def load(path: Path) -> Mapping[str, Any]:
     try:
         snapshot = _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # what a broken pickle raises is not bounded
-        raise MalformedDocumentError(f"{path} is no memory snapshot: {_reason(error)}") from error
+        raise MalformedDocumentError(
+            f"{path} is no memory snapshot: {_reason(error)}; write one with "
+            "torch.cuda.memory._dump_snapshot"
+        ) from error
     if not isinstance(snapshot, dict) or not isinstance(snapshot.get("device_traces"), list):
         raise MalformedDocumentError(
             f"{path} is no memory snapshot: it has no device_traces; write one with "

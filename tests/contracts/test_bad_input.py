@@ -86,6 +86,9 @@ NAMES = (
     _flags("unknown GPU", "--gpu", "rtx-9999", said="unknown GPU 'rtx-9999'"),
     _flags("ambiguous GPU", "--gpu", "a100", said="could be"),
     _flags("unknown optimizer", "--optimizer", "adamw9", code=USAGE, said="adamw9"),
+    _flags("misspelt optimizer", "--optimizer", "adamwx", said="did you mean 'adamw'?"),
+    _flags("task beside the known", "--task", "dpo", code=CANNOT_ESTIMATE, said="beside sft"),
+    _flags("eight GPUs", "--num-gpus", "8", code=CANNOT_ESTIMATE, said="num_gpus 1"),
     _flags("unknown task", "--task", "guess", said="'guess' is not one of"),
     _flags("task without a source", "--task", "ppo", code=CANNOT_ESTIMATE, said="'ppo'"),
     _flags(
@@ -109,6 +112,9 @@ NAMES = (
 )
 
 NUMBERS = (
+    Bad("length beyond the model", ("--model", "gpt2"), USAGE, "give seq_len 1024 or less"),
+    _flags("memory without a unit", "--memory", "24", said="write a unit, such as 24GiB"),
+    _flags("confidence in per cent", "--confidence", "95", said="0.95 stands for 95 %"),
     _flags("batch 0", "--micro-batch-size", "0", said="--micro-batch-size"),
     _flags("negative batch", "--micro-batch-size", "-4", said="--micro-batch-size"),
     _flags("absurd batch", "--micro-batch-size", str(10**9), said="--micro-batch-size"),

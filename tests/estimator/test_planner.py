@@ -27,14 +27,6 @@ def test_freezing_what_the_optimizer_leaves_out_is_the_first_proposal():
 
 
 @pytest.mark.parametrize(
-    "method", ["full", {"name": "partial", "last_layers": 2}, {"name": "lora"}]
-)
-def test_where_the_others_are_frozen_nobody_proposes_to_freeze_them(method):
-    found = estimate({**PARTIAL, "method": method}).suggestions
-    assert [each for each in found if "freeze_others" in each.change.get("method", {})] == []
-
-
-@pytest.mark.parametrize(
     "recipe",
     [
         PARTIAL,
