@@ -333,7 +333,8 @@ _RECIPE: Final = tuple(
 
 def engine_for(request: EstimateRequest, config: Mapping[str, Any], name: str) -> Engine:
     """Return the engine of a request's model and recipe; the latest are kept."""
-    recipe = tuple(getattr(request, field) for field in _RECIPE)
+    # Of the hardware, resolving looks at the number of cards alone.
+    recipe = (*(getattr(request, field) for field in _RECIPE), request.hardware.num_gpus)
     key = (name, id(config), recipe, request.optimizer)
     engine = _engine(_Asked(request, config, name, key))
     check_length(engine.run, request.seq_len)

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 from estimator.catalog import Access
 from estimator.commands import run
+from estimator.errors import UnsupportedCombinationError
 from estimator.render.document import to_json
 from estimator.request import parse_request
 from estimator.service import estimate, reconcile
@@ -99,6 +100,14 @@ def test_the_same_request_gets_the_same_bytes_through_every_door(
     assert from_stdin == from_python
     assert from_http == from_python
     assert json.loads(from_python)["schema"] == "estimate/v1"
+
+
+def test_what_was_asked_before_does_not_answer_for_eight_cards():
+    """One card was answered, and its engine is kept; eight of them still have no answer."""
+    request = {"model": "meta-llama/Llama-3.1-8B", "hardware": {"gpu": "h100-80gb-sxm5"}}
+    assert estimate(request).verdict != "unknown"
+    with pytest.raises(UnsupportedCombinationError):
+        estimate({**request, "hardware": {**request["hardware"], "num_gpus": 8}})
 
 
 MEASUREMENT = {
