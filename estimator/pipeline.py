@@ -30,7 +30,7 @@ from estimator.eager.tensor import Regime
 from estimator.memory.average import average_host_bytes
 from estimator.memory.caching_allocator import DEFAULT_SETTINGS, AllocatorSettings
 from estimator.memory.hessian_pass import hessian_pass
-from estimator.memory.loading import loading_moment
+from estimator.memory.loading import loading_assumptions, loading_moment
 from estimator.memory.loss import LOSSES, MeasuredLoss
 from estimator.memory.replay import Blocks, Conditions, blocks
 from estimator.memory.requests import Request, requests
@@ -413,7 +413,7 @@ def answer(
     peak = max(highest, key=view.allocated)
     allocated = widths.allocated.around(view.allocated(peak), work)
     reserved = widths.of_reserved(max(replayed.reserved, allocated.expected), allocated, work)
-    reasons = (*widths.reasons(work), *assumptions(peak.moment))
+    reasons = (*widths.reasons(work), *assumptions(peak.moment), *loading_assumptions(engine.run))
     eager = None
     if engine.eager is not None:
         eager = answer(_uncompiled(request), config, name, gpu).peak

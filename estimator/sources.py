@@ -180,6 +180,21 @@ SOURCES: Final[dict[str, Source]] = {
         "transformers 5.23.0, loading of models",
         f"{_HF}/src/transformers/modeling_utils.py",
     ),
+    "hf-loading-weights": Source(
+        "code",
+        "transformers 5.23.0, loading of weights",
+        f"{_HF}/src/transformers/core_model_loading.py",
+    ),
+    "hf-4-46": Source(
+        "code",
+        "transformers 4.46.3",
+        "https://github.com/huggingface/transformers/blob/v4.46.3/src/transformers",
+    ),
+    "accelerate-1-1": Source(
+        "code",
+        "accelerate 1.1.1",
+        "https://github.com/huggingface/accelerate/blob/v1.1.1/src/accelerate",
+    ),
     "hf-collator": Source(
         "code",
         "transformers 5.23.0, data collators",

@@ -184,6 +184,9 @@ class _Replayer:
         """Make the model."""
         allocator, most, asked = self.allocator, 0, 0
         for serial, _, _, size in events:
+            if serial < 0:
+                allocator.empty_cache()
+                continue
             if size is None:
                 allocator.free(("loaded", serial))
                 continue

@@ -52,7 +52,7 @@ def requests(run: Run, regime: Regime, at: Polynomial, workspaces: int) -> Itera
     # No library has its workspaces before it multiplies.
     for serial, name, _, size in loading(run):
         if size is None:
-            total -= blocks.pop(serial)
+            total -= blocks.pop(serial, 0)
             continue
         yield Request("load", LOADING, name, size, total - workspaces)
         blocks[serial] = _block(size)

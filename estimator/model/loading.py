@@ -15,7 +15,7 @@ class Event(NamedTuple):
     """A tensor that comes, or one that goes.
 
     Args:
-        serial: names the tensor from its coming to its going.
+        serial: names the tensor from its coming to its going; below zero for `EMPTIED`.
         name: the tensor; empty where one goes.
         component: what it is counted as.
         size: its bytes; None where a tensor goes.
@@ -25,6 +25,10 @@ class Event(NamedTuple):
     name: str = ""
     component: Component = "weights"
     size: int | None = None
+
+
+EMPTIED: Final = Event(-1)
+"""`torch.cuda.empty_cache()`: segments without a tensor in them go back to the driver."""
 
 
 class Loading:
@@ -42,6 +46,10 @@ class Loading:
     def scratch(self, name: str, size: int) -> tuple[int, ...]:
         """Allocate a tensor that is none of the model's; small ones leave no trace."""
         return (self.new(name, size, "workspace"),) if size > LARGEST_SMALL else ()
+
+    def empty_cache(self) -> None:
+        """Give free segments back to the driver."""
+        self.events.append(EMPTIED)
 
     def drop(self, *tensors: tuple[int, ...]) -> None:
         """Free tensors, the first of them first."""

@@ -108,10 +108,16 @@ _TORCHTUNE: Final = Described(
 # The first version of a framework is the one that is meant when none is named.
 PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
     "transformers": {
-        "5": SoftwareProfile("transformers-5"),
-        "4": SoftwareProfile("transformers-4", reentrant=True, repeats_heads=True),
+        "5": SoftwareProfile("transformers-5", loading="transformers-5"),
+        "4": SoftwareProfile(
+            "transformers-4", reentrant=True, repeats_heads=True, loading="transformers-4"
+        ),
         "4.45": SoftwareProfile(
-            "transformers-4.45", (_OLD_ATTENTION,), reentrant=True, repeats_heads=True
+            "transformers-4.45",
+            (_OLD_ATTENTION,),
+            reentrant=True,
+            repeats_heads=True,
+            loading="transformers-4",
         ),
     },
     # SFTTrainer trains transformers' models; its loss and other defaults are in `request.py`.
@@ -126,8 +132,9 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
                 "the metrics that SFTTrainer computes from log-probabilities and entropies between "
                 "forward and backward: a few numbers for each token",
             ),
+            loading="transformers-5",
         ),
-        "1.3": SoftwareProfile("transformers-5-trl-1.3"),
+        "1.3": SoftwareProfile("transformers-5-trl-1.3", loading="transformers-5"),
         "0.27": SoftwareProfile("transformers-5-trl-0.27"),
         "0.22": SoftwareProfile("transformers-5-trl-0.27", reentrant=True),
     },

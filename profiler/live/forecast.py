@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
+from estimator.memory.loading import LOADING
 from estimator.record import Meters, PhasePeak
 from estimator.request import EstimateRequest
 from estimator.result import Range, Result
@@ -67,7 +68,9 @@ class Forecast:
         """Return what was predicted and measured of each phase, and of the whole step."""
         answer = self.at(shape)
         expected = {
-            BEFORE_UPDATE: [each.bytes for each in answer.timeline if each.moment != UPDATE],
+            BEFORE_UPDATE: [
+                each.bytes for each in answer.timeline if each.moment not in (LOADING, UPDATE)
+            ],
             UPDATE: [each.bytes for each in answer.timeline if each.moment == UPDATE],
         }
         found = [

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from estimator.errors import EstimatorError
+from estimator.memory.loading import LOADING
 from estimator.pipeline import answer
 from estimator.request import parse_request
-from estimator.result import Result
+from estimator.result import MomentBytes, Result
 
 SAME_MOMENT_SHARE = 0.001
 
@@ -73,25 +74,26 @@ def compare(name: str, document: dict[str, Any]) -> Comparison:
         raise
     if isinstance(formula, EstimatorError):
         raise formula
+    step = highest_of_the_step(formula)
     ranked = sorted((point.allocated_bytes for point in reading.points), reverse=True)
     level = len(ranked) > 1 and ranked[0] - ranked[1] <= SAME_MOMENT_SHARE * ranked[0]
     return Comparison(
         name=name,
-        analytic=formula.peak.allocated_bytes.expected,
+        analytic=step.bytes,
         dry_run=reading.peak.allocated_bytes,
-        requested=(
-            formula.peak.allocated_bytes.expected - rounding(formula),
-            reading.peak.requested_bytes,
-        ),
-        moments=(phase(formula.peak.moment), reading.peak.phase),
+        requested=(step.bytes - step.components.get("runtime", 0), reading.peak.requested_bytes),
+        moments=(phase(step.moment), reading.peak.phase),
         tied=level,
     )
 
 
-def rounding(result: Result) -> int:
-    """Return the bytes that the allocator's block sizes add to an analytic peak."""
-    rows = (row for part in result.breakdown for row in part.rows)
-    return sum(row.bytes for row in rows if row.name == "allocator rounding")
+def highest_of_the_step(result: Result) -> MomentBytes:
+    """Return the peak of the training step; the dry run begins with the model on the device."""
+    return max((each for each in result.timeline if each.moment != LOADING), key=_bytes)
+
+
+def _bytes(moment: MomentBytes) -> int:
+    return moment.bytes
 
 
 def phase(moment: str) -> str:

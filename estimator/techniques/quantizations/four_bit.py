@@ -10,6 +10,7 @@ from estimator.eager.ops import F32
 from estimator.eager.size import Dim, dim
 from estimator.eager.tensor import Node, Tensor
 from estimator.model.forward import Forward
+from estimator.model.loading import Loading
 from estimator.model.spec import Linear, Weight, Wrapper
 from estimator.sources import Cite
 from estimator.techniques.quantization import BitsAndBytes
@@ -114,6 +115,30 @@ class FourBit(Struct, frozen=True):
         tape.record("matmul_4bit", (given,), (), rule, out)
         return ops.cast(out, x.dtype, "output in the input's type")
 
+    def quantize(self, log: Loading, linear: Linear) -> None:
+        """Pack a weight that is on the device.
+
+        Shapes:
+            absmax, shifted   [in·out / 64]  4 bytes, with double quantization
+
+        Source: bitsandbytes, functional.py, quantize_4bit and quantize_blockwise; backends/cuda/
+        ops.py, quantize_4bit.
+        """
+        packed, absmax, *rest = self.weights(linear)
+        scales = -(-linear.weight().parameters // BLOCK) * F32.width
+        if not self.double_quant:
+            for part in (absmax, packed, *rest):
+                _kept(log, linear, part)
+            return
+        nested_absmax, nested_code, offset, code = rest
+        largest = log.scratch("absmax", scales)
+        for part in (packed, code, offset):
+            _kept(log, linear, part)
+        shifted = log.scratch("absmax, shifted", scales)
+        for part in (nested_absmax, absmax, nested_code):
+            _kept(log, linear, part)
+        log.drop(shifted, largest)
+
     def dequantize(self, run: Forward, linear: Linear) -> Tensor:
         """Return the whole weight in the type that it had.
 
@@ -124,6 +149,10 @@ class FourBit(Struct, frozen=True):
         whole = run.tape.new("dequantized weight", linear.weight().shape, self.stored, _STATE)
         scales.clear()
         return whole
+
+
+def _kept(log: Loading, linear: Linear, part: Weight) -> tuple[int, ...]:
+    return (log.new(f"{linear.name}.{part.name}", part.bytes),)
 
 
 def _flat(count: int) -> tuple[Dim]:

@@ -8,6 +8,7 @@ from estimator.dtypes import DType
 from estimator.eager.tensor import Node, Tensor
 from estimator.errors import UnsupportedCombinationError
 from estimator.model.forward import Forward
+from estimator.model.loading import Loading
 from estimator.model.spec import Linear, Weight, Wrapper
 from estimator.sources import Cite
 from estimator.techniques.quantization import BitsAndBytes
@@ -48,6 +49,18 @@ class EightBit(Struct, frozen=True):
             Weight("weight", shape, DType.INT8, False, count, _STATE),
             Weight("weight.SCB", (linear.fan_out,), DType.FLOAT32, False, 0, _STATE),
         )
+
+    def quantize(self, log: Loading, linear: Linear) -> None:
+        """Round a weight, which comes from the host in fp16.
+
+        Source: bitsandbytes, nn/modules.py, Int8Params._quantize; backends/cuda/ops.py,
+        int8_vectorwise_quant.
+        """
+        integers, scales = self.weights(linear)
+        whole = log.scratch("weight in fp16", integers.bytes * DType.FLOAT16.width)
+        for part in (scales, integers):
+            log.new(f"{linear.name}.{part.name}", part.bytes)
+        log.drop(whole)
 
     def forward(self, run: Forward, linear: Linear, x: Tensor) -> Tensor:
         """Quantize the input by rows, multiply integers, and scale the sums to the input's type.

@@ -9,6 +9,7 @@ from estimator.memory.allocator import charge
 from estimator.memory.caching_allocator import CachingAllocator
 from estimator.memory.loading import LOADING, loading
 from estimator.memory.standing import model_entries
+from estimator.model.loading import EMPTIED
 from estimator.pipeline import device_of, engine_for
 from estimator.request import parse_request
 from estimator.resolve import resolve
@@ -37,7 +38,9 @@ def run_of(document):
 def loaded(run):
     allocator = CachingAllocator()
     for event in loading(run):
-        if event.size is None:
+        if event is EMPTIED:
+            allocator.empty_cache()
+        elif event.size is None:
             allocator.free(event.serial)
         else:
             allocator.malloc(event.serial, event.size)
@@ -91,10 +94,35 @@ def test_what_is_left_when_the_model_is_there_are_its_weights_and_buffers(docume
     left: dict[int, int] = {}
     for event in loading(run):
         if event.size is None:
-            del left[event.serial]
+            left.pop(event.serial, None)
         else:
             left[event.serial] = event.size
     assert sum(left.values()) == standing
+
+
+def test_an_answer_says_how_it_takes_the_model_to_be_loaded():
+    packed = estimate({"model": LLAMA_2_7B, "method": "qlora"})
+    assert any("packs a checkpoint of whole weights on the GPU" in x for x in packed.assumptions)
+    plain = estimate({"model": LLAMA_2_7B})
+    assert any("made on the host and moved to the GPU" in x for x in plain.assumptions)
+    assert not any("loading:" in each for each in estimate(torchtune("0.6")).assumptions)
+
+
+@pytest.mark.parametrize("version", ["5", "4"])
+def test_weights_raised_for_training_are_there_twice_one_at_a_time(version):
+    # The largest is the table of embeddings, 32000 x 4096: with it raised, its 2 bytes are still
+    # there, and head and norms are in both types one after the other.
+    document = {"model": LLAMA_2_7B, "method": "qlora", "software": {"version": version}}
+    result = estimate(document)
+    moment = result.timeline[0]
+    assert moment.moment == LOADING
+    standing = sum(
+        each.row.size[0] * each.count
+        for each in model_entries(run_of(document))
+        if ".lora_" not in each.row.name
+    )
+    there = moment.components["weights"] + moment.components.get("buffers", 0)
+    assert there - standing == 2 * 32000 * 4096
 
 
 # -- a job that is too large to be loaded ------------------------------------------------------
