@@ -188,12 +188,12 @@ SOURCES: Final[dict[str, Source]] = {
     "hf-4-46": Source(
         "code",
         "transformers 4.46.3",
-        "https://github.com/huggingface/transformers/blob/v4.46.3/src/transformers",
+        "https://github.com/huggingface/transformers/tree/v4.46.3/src/transformers",
     ),
     "accelerate-1-1": Source(
         "code",
         "accelerate 1.1.1",
-        "https://github.com/huggingface/accelerate/blob/v1.1.1/src/accelerate",
+        "https://github.com/huggingface/accelerate/tree/v1.1.1/src/accelerate",
     ),
     "hf-collator": Source(
         "code",
