@@ -121,8 +121,8 @@ class FourBit(Struct, frozen=True):
         Shapes:
             absmax, shifted   [in·out / 64]  4 bytes, with double quantization
 
-        Source: bitsandbytes, functional.py, quantize_4bit and quantize_blockwise, and what they call
-        in backends/cuda/ops.py.
+        Source: bitsandbytes, functional.py, quantize_4bit and quantize_blockwise; what they call in
+        backends/cuda/ops.py.
         """
         packed, absmax, *rest = self.weights(linear)
         scales = -(-linear.weight().parameters // BLOCK) * F32.width
