@@ -15,7 +15,7 @@ from msgspec import Struct
 from estimator.memory import loading_bitsandbytes
 from estimator.memory.average import average_sizes
 from estimator.memory.ledger import Entry, Ledger, constant_row
-from estimator.memory.loading_parts import modules, plain, table
+from estimator.memory.loading_parts import modules, named, table
 from estimator.memory.loading_torchtune import layers_built, layers_copied
 from estimator.memory.standing import model_entries
 from estimator.memory.timeline import Moment
@@ -35,12 +35,14 @@ class Way(Struct, frozen=True):
         source: where it is.
         assumption: what is taken for granted of the user's code.
         packs: which runs it is for; None for all.
+        frees: something goes again, so that there may be more than what stays.
     """
 
     load: Callable[[Run, Loading], None]
     source: Cite
     assumption: str = ""
     packs: Callable[[Run], bool] | None = None
+    frees: bool = True
 
 
 def loading(run: Run) -> list[Event]:
@@ -78,6 +80,8 @@ def added(run: Run) -> Iterator[tuple[str, int]]:
 
 def loading_moment(run: Run) -> Moment | None:
     """Return the highest moment of loading; None where nothing is there but what stays."""
+    if not way_of(run).frees:
+        return None
     events = loading(run)
     highest = total = most = 0
     sizes: dict[int, int] = {}
@@ -107,6 +111,10 @@ class _Loaded(Struct, frozen=True):
     def passing(self) -> Ledger:
         """Return nothing: no tensor depends on the batch."""
         return Ledger(())
+
+    def sizes(self) -> Iterator[tuple[tuple[int, int], int]]:
+        """Return nothing."""
+        return iter(())
 
 
 def _alive(run: Run, events: list[Event]) -> Ledger:
@@ -138,8 +146,14 @@ def _alive(run: Run, events: list[Event]) -> Ledger:
 
 def _one_by_one(run: Run, log: Loading) -> None:
     """Allocate weights, then buffers, in the model's order: nothing else is on the device."""
+    known: dict[int, tuple[tuple[str, int], ...]] = {}
     for module in modules(run):
-        plain(log, module)
+        # The layers of one kind are one and the same object here.
+        tensors = known.get(id(module))
+        if tensors is None:
+            tensors = known[id(module)] = tuple(named(module))
+        for name, size in tensors:
+            log.new(name, size)
     for buffer in run.spec.buffers:
         table(log, buffer)
 
@@ -154,6 +168,7 @@ WAYS: Final[dict[str, Way]] = {
         _one_by_one,
         Cite("hf-trainer", "Trainer._move_model_to_device"),
         "loading: the model is made on the host and moved to the GPU, one tensor after the other",
+        frees=False,
     ),
     "transformers-5": Way(
         loading_bitsandbytes.newer,

@@ -25,7 +25,12 @@ def modules(run: Run) -> Iterator[Module]:
 
 def plain(log: Loading, module: Module) -> Serials:
     """Allocate the tensors of a module."""
-    return tuple(log.new(f"{module.name}.{each.name}", each.bytes) for each in held(module))
+    return tuple(log.new(name, size) for name, size in named(module))
+
+
+def named(module: Module) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of the tensors of a module."""
+    yield from ((f"{module.name}.{each.name}", each.bytes) for each in held(module))
 
 
 def size_of(buffer: Buffer) -> int:

@@ -36,6 +36,10 @@ class Place(Protocol):
         """What is alive at this moment beside that."""
         ...
 
+    def sizes(self) -> Iterator[tuple[tuple[int, int], int]]:
+        """The sizes of the same, and how many tensors have each."""
+        ...
+
 
 class Moment(Struct, frozen=True, dict=True):
     """A moment that can be the peak: its name, and its bytes as a polynomial in b, s and t.
@@ -72,11 +76,11 @@ class Moment(Struct, frozen=True, dict=True):
         """The blocks of constant size, and sizes that grow: (coefficient, index, how many)."""
         total = self.standing.constant_charge
         counts: dict[tuple[int, int], int] = {}
-        for each in self.passing.entries:
-            if each.row.size[1] == 0:
-                total += charge(each.row.size[0]) * each.count
+        for size, count in self.place.sizes():
+            if size[1] == 0:
+                total += charge(size[0]) * count
             else:
-                counts[each.row.size] = counts.get(each.row.size, 0) + each.count
+                counts[size] = counts.get(size, 0) + count
         return total, tuple((*size, count) for size, count in counts.items())
 
     @cached_property
@@ -165,6 +169,12 @@ class _Place(Struct, frozen=True):
     def passing(self) -> Ledger:
         """List the entries of this moment that do not stand through the whole step."""
         return Ledger((*self.assembly.alive(self), *self.extra))
+
+    def sizes(self) -> Iterator[tuple[tuple[int, int], int]]:
+        """List the sizes of these entries, without what says what they are."""
+        sizes = self.assembly.sizes
+        yield from ((sizes[kind], count) for kind, count in self.assembly.counts(self).items())
+        yield from ((each.row.size, each.count) for each in self.extra)
 
 
 def compile_step(run: Run, seen: Trace, second: Trace | None = None) -> Step:
@@ -296,6 +306,10 @@ class _Assembly:
 
     def alive(self, place: _Place) -> list[Entry]:
         """List what is alive at a place of the assembled step, beside what always is."""
+        return [Entry(self.rows[kind], count) for kind, count in self.counts(place).items()]
+
+    def counts(self, place: _Place) -> Live:
+        """Count the tensors of each kind that are alive at a place of the assembled step."""
         total: dict[int, int] = {}
         before, after = self._times_around(place)
         held_before, held_after = self._held(place)
@@ -305,7 +319,7 @@ class _Assembly:
         for kind, count in place.live.items():
             repeated = self.times[self._site[kind]] if place.site < 0 else 1
             total[kind] = total.get(kind, 0) + count * repeated
-        return [Entry(self.rows[kind], count) for kind, count in total.items() if count]
+        return {kind: count for kind, count in total.items() if count}
 
     def _held(self, place: _Place) -> tuple[Live, Live]:
         if place.site < 0:
