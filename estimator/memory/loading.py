@@ -12,7 +12,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from estimator.memory import loading_bitsandbytes
+from estimator.memory import loading_checkpoint
 from estimator.memory.average import average_sizes
 from estimator.memory.ledger import Entry, Ledger, constant_row
 from estimator.memory.loading_parts import modules, named, table
@@ -25,6 +25,7 @@ from estimator.run import Run
 from estimator.sources import Cite
 
 LOADING: Final = "loading"
+ONE_BY_ONE: Final = "one by one"
 
 
 class Way(Struct, frozen=True):
@@ -34,14 +35,16 @@ class Way(Struct, frozen=True):
         load: writes down what comes and goes until the model is there.
         source: where it is.
         assumption: what is taken for granted of the user's code.
-        packs: which runs it is for; None for all.
-        frees: something goes again, so that there may be more than what stays.
+        suits: which runs it is for; None for all.
+        otherwise: the way of other runs.
+        frees: something goes again that may be more than what stays.
     """
 
     load: Callable[[Run, Loading], None]
     source: Cite
     assumption: str = ""
-    packs: Callable[[Run], bool] | None = None
+    suits: Callable[[Run], bool] | None = None
+    otherwise: str = ONE_BY_ONE
     frees: bool = True
 
 
@@ -55,9 +58,9 @@ def loading(run: Run) -> list[Event]:
 def way_of(run: Run) -> Way:
     """Return how the model of a run is loaded; what is not packed comes from the host as it is."""
     way = WAYS[run.loading]
-    if way.packs is None or way.packs(run):
-        return way
-    return WAYS[ONE_BY_ONE]
+    while way.suits is not None and not way.suits(run):
+        way = WAYS[way.otherwise]
+    return way
 
 
 def loading_assumptions(run: Run) -> tuple[str, ...]:
@@ -158,7 +161,6 @@ def _one_by_one(run: Run, log: Loading) -> None:
         table(log, buffer)
 
 
-ONE_BY_ONE: Final = "one by one"
 _PACKED: Final = (
     "loading: from_pretrained with a BitsAndBytesConfig packs a checkpoint of whole weights on the "
     "GPU, tensor by tensor, and the Trainer empties the cache before the first step"
@@ -171,16 +173,31 @@ WAYS: Final[dict[str, Way]] = {
         frees=False,
     ),
     "transformers-5": Way(
-        loading_bitsandbytes.newer,
+        loading_checkpoint.newer,
         Cite("hf-loading-weights", "convert_and_load_state_dict_in_model"),
         _PACKED,
-        loading_bitsandbytes.packs,
+        loading_checkpoint.packs,
     ),
     "transformers-4": Way(
-        loading_bitsandbytes.older,
+        loading_checkpoint.older,
         Cite("hf-4-46", "quantizers/quantizer_bnb_4bit.py, create_quantized_param"),
         _PACKED,
-        loading_bitsandbytes.packs,
+        loading_checkpoint.packs,
+    ),
+    "trl": Way(
+        loading_checkpoint.newer,
+        Cite("hf-loading-weights", "convert_and_load_state_dict_in_model"),
+        _PACKED,
+        loading_checkpoint.packs,
+        "device map",
+    ),
+    "device map": Way(
+        loading_checkpoint.straight,
+        Cite("trl", "trainer/utils.py, create_model_from_path"),
+        "loading: the trainer is given the name of a model, and loads it straight to the GPU",
+        loading_checkpoint.is_plain,
+        # What is asked for at once is what the weights take.
+        frees=False,
     ),
     "torchtune-0-1": Way(
         layers_copied, Cite("torchtune-0-1", "torchtune/modules/transformer.py, _get_clones")

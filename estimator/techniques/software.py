@@ -132,10 +132,10 @@ PROFILES: Final[dict[str, dict[str, SoftwareProfile]]] = {
                 "the metrics that SFTTrainer computes from log-probabilities and entropies between "
                 "forward and backward: a few numbers for each token",
             ),
-            loading="transformers-5",
+            loading="trl",
         ),
-        "1.3": SoftwareProfile("transformers-5-trl-1.3", loading="transformers-5"),
-        "0.27": SoftwareProfile("transformers-5-trl-0.27"),
+        "1.3": SoftwareProfile("transformers-5-trl-1.3", loading="trl"),
+        "0.27": SoftwareProfile("transformers-5-trl-0.27", loading="device map"),
         "0.22": SoftwareProfile("transformers-5-trl-0.27", reentrant=True),
     },
     "litgpt": {

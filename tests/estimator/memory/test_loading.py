@@ -83,6 +83,13 @@ def test_a_packed_layer_holds_what_the_tutorial_prints():
         torchtune("0.6"),
         {"model": LLAMA_2_7B},
         {"model": "gpt2"},
+        {"model": LLAMA_2_7B, "software": {"framework": "trl", "version": "1.16"}},
+        {"model": "gpt2", "software": {"framework": "trl", "version": "1.3"}, "method": "lora"},
+        {
+            "model": LLAMA_2_7B,
+            "software": {"framework": "trl", "version": "0.27"},
+            "method": "qlora",
+        },
         {"model": LLAMA_2_7B, "method": "qlora"},
         {"model": LLAMA_2_7B, "method": "lora", "quantization": {"name": "int8"}},
     ],
@@ -106,6 +113,8 @@ def test_an_answer_says_how_it_takes_the_model_to_be_loaded():
     plain = estimate({"model": LLAMA_2_7B})
     assert any("made on the host and moved to the GPU" in x for x in plain.assumptions)
     assert not any("loading:" in each for each in estimate(torchtune("0.6")).assumptions)
+    named = estimate({"model": LLAMA_2_7B, "software": "trl"})
+    assert any("loads it straight to the GPU" in each for each in named.assumptions)
 
 
 @pytest.mark.parametrize("version", ["5", "4"])

@@ -1,4 +1,4 @@
-"""How transformers packs the weights of a checkpoint with bitsandbytes, tensor by tensor."""
+"""How transformers brings a checkpoint to the GPU, and packs it there with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from estimator.dtypes import DType
 from estimator.eager.size import elements
-from estimator.memory.loading_parts import Serials, modules, size_of, table
+from estimator.memory.loading_parts import Serials, modules, table
 from estimator.model.loading import Loading
 from estimator.model.spec import Embedding, Linear, Module, Norm, Weight, held
 from estimator.run import Run
@@ -18,6 +18,26 @@ from estimator.techniques.quantizations.int8 import EightBit
 def packs(run: Run) -> bool:
     """Whether a linear layer is packed with bitsandbytes."""
     return any(isinstance(each, FourBit | EightBit) for each in run.spec.formats())
+
+
+def is_plain(run: Run) -> bool:
+    """Whether every layer keeps its weight as it is in the checkpoint."""
+    return not run.spec.formats()
+
+
+def straight(run: Run, log: Loading) -> None:
+    """Load plain weights straight to the GPU, where a device map says so.
+
+    Memory for all of them is asked for at once, as for packed ones.
+
+    Source: hf-loading, caching_allocator_warmup; hf-loading-weights,
+    convert_and_load_state_dict_in_model.
+    """
+    loader = _Loader(run, log)
+    log.drop(log.scratch("memory asked for at once", loader.asked_at_once()))
+    for found in sorted(loader.found, key=_by_name):
+        loader.load(found)
+    loader.finish()
 
 
 def newer(run: Run, log: Loading) -> None:
@@ -107,11 +127,7 @@ class _Loader:
     def __init__(self, run: Run, log: Loading) -> None:
         self.run = run
         self.log = log
-        formats = run.spec.formats()
-        # 8-bit layers are made of fp16.
-        self.stored = next(
-            (each.stored for each in formats if isinstance(each, FourBit)), DType.FLOAT16
-        )
+        self.stored = _stored(run)
         self.found = list(self._found())
         self.narrow: dict[str, Serials] = {}
 
@@ -121,7 +137,7 @@ class _Loader:
         Source: hf-loading, get_total_byte_count; hf-library, quantizers/quantizer_bnb_4bit.py,
         quantized_element_size.
         """
-        total = sum(size_of(each) for each in self.run.spec.buffers)
+        total = 0
         for each in self.found:
             values = elements(each.weight.shape)[0]
             if each.packing is None:
@@ -182,11 +198,22 @@ class _Loader:
             if isinstance(packing, FourBit | EightBit) and each.name.startswith("weight"):
                 if each.name == "weight":
                     assert isinstance(module, Linear)
+                    assert self.stored is not None
                     size = module.weight().parameters * self.stored.width
                     yield _Found(name, module, each, size, packing)
                 continue
-            width = min(each.dtype.width, self.stored.width)
+            width = each.dtype.width
+            if self.stored is not None:
+                width = min(width, self.stored.width)
             yield _Found(name, module, each, elements(each.shape)[0] * width)
+
+
+def _stored(run: Run) -> DType | None:
+    """Return the type that packed weights had, of which the others were; 8-bit ones had fp16."""
+    if is_plain(run):
+        return None
+    four = (each.stored for each in run.spec.formats() if isinstance(each, FourBit))
+    return next(four, DType.FLOAT16)
 
 
 def _is_of_checkpoint(module: Module, weight: Weight) -> bool:
