@@ -128,6 +128,7 @@ class _Loader:
         self.run = run
         self.log = log
         self.stored = _stored(run)
+        self.known: dict[int, tuple[_Found, ...]] = {}
         self.found = list(self._found())
         self.narrow: dict[str, Serials] = {}
 
@@ -170,10 +171,12 @@ class _Loader:
                 log.drop(self.narrow[found.path])
         if self.narrow:
             log.empty_cache()
+        added: dict[int, tuple[tuple[str, int], ...]] = {}
         for module in modules(self.run):
-            for each in held(module):
-                if not _is_of_checkpoint(module, each):
-                    log.new(f"{module.name}.{each.name}", each.bytes)
+            if id(module) not in added:
+                added[id(module)] = tuple(_added(module))
+            for name, size in added[id(module)]:
+                log.new(name, size)
         log.empty_cache()
 
     def _found(self) -> Iterator[_Found]:
@@ -190,11 +193,19 @@ class _Loader:
             yield from self._of(spec.head, spec.head.name)
 
     def _of(self, module: Module, path: str) -> Iterator[_Found]:
+        # The layers of one kind are one and the same object here.
+        known = self.known.get(id(module))
+        if known is None:
+            known = self.known[id(module)] = tuple(self._one(module))
+        yield from (found._replace(path=f"{path}.{found.path}") for found in known)
+
+    def _one(self, module: Module) -> Iterator[_Found]:
+        """Yield the tensors of one module, by their names in it."""
         packing = module.format if isinstance(module, Linear) else None
         for each in held(module):
             if not _is_of_checkpoint(module, each):
                 continue
-            name = f"{path}.{each.name}"
+            name = each.name
             if isinstance(packing, FourBit | EightBit) and each.name.startswith("weight"):
                 if each.name == "weight":
                     assert isinstance(module, Linear)
@@ -214,6 +225,13 @@ def _stored(run: Run) -> DType | None:
         return None
     four = (each.stored for each in run.spec.formats() if isinstance(each, FourBit))
     return next(four, DType.FLOAT16)
+
+
+def _added(module: Module) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of what PEFT has added to a module."""
+    for each in held(module):
+        if not _is_of_checkpoint(module, each):
+            yield f"{module.name}.{each.name}", each.bytes
 
 
 def _is_of_checkpoint(module: Module, weight: Weight) -> bool:
