@@ -102,6 +102,7 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--kernels", "/kernels", "Replacement kernels, separated by commas: liger,compile."),
     ),
     "Training loop": (
+        Flag("--own-loss", "/loop/own_loss", "The loop computes the loss of the logits itself."),
         Flag("--keep-outputs", "/loop/keep_outputs", "The loop holds logits through backward."),
         Flag("--use-cache", "/loop/use_cache", "The forward fills a KV cache."),
         Flag("--set-to-none", "/loop/set_to_none", "zero_grad frees the gradients."),

@@ -112,7 +112,9 @@ class Loop(Section, frozen=True):
 
     The Trainer clips the norm of the gradients where `max_grad_norm` is above 0. `logits_to_keep`
     is the argument of transformers' models: logits of the last so many positions, 0 for all; the
-    labels are cut to them.
+    labels are cut to them. With `own_loss` the loop calls the model without labels under
+    `torch.autocast` and computes the cross entropy of a shifted copy of its logits itself, outside;
+    its names for both live until the next step binds them.
     """
 
     keep_outputs: bool = False
@@ -123,6 +125,7 @@ class Loop(Section, frozen=True):
     max_grad_norm: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
     ema: Literal["cuda", "cpu"] | None = None
     logits_to_keep: Annotated[int, Meta(ge=0, le=MAX_SEQ_LEN)] = 0
+    own_loss: bool = False
 
 
 class CpuOffload(Section, frozen=True):

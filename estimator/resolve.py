@@ -29,7 +29,7 @@ from estimator.techniques.execution import (
 )
 from estimator.techniques.fp8_backends.transformer_engine import TransformerEngine
 from estimator.techniques.kernels import KERNELS
-from estimator.techniques.loss import FUSED_LOSSES, KeptLogits, Smoothing
+from estimator.techniques.loss import FUSED_LOSSES, KeptLogits, OwnLoss, Smoothing
 from estimator.techniques.optimizers import OPTIMIZERS, REFUSED, cpu_offload
 from estimator.techniques.optimizers.row import updates_any
 from estimator.techniques.precision import Precision
@@ -231,6 +231,8 @@ def _techniques(request: EstimateRequest, optimizer: OptimizerChoice) -> tuple[T
         chosen.append(request.qat)
     if request.loop.label_smoothing_factor:
         chosen.append(Smoothing())
+    if request.loop.own_loss:
+        chosen.append(OwnLoss())
     if request.loss in FUSED_LOSSES:
         chosen.append(FUSED_LOSSES[request.loss])
     if request.loop.logits_to_keep:
@@ -350,6 +352,7 @@ def _refuse_beside_hessian(request: EstimateRequest, optimizer: OptimizerChoice)
         "autocast 'fp16'": request.autocast == "fp16",
         "loop.label_smoothing_factor": loop.label_smoothing_factor > 0,
         "loop.logits_to_keep": loop.logits_to_keep > 0,
+        "loop.own_loss": loop.own_loss,
         "loop.set_to_none=false": not loop.set_to_none,
         "loop.neftune_noise_alpha": loop.neftune_noise_alpha is not None,
         "loop.use_cache": loop.use_cache,

@@ -64,6 +64,11 @@ SOURCES: Final[dict[str, Source]] = {
         "PyTorch 2.13.0, the cast policy of each operator",
         f"{_TORCH}/aten/src/ATen/autocast_mode.h",
     ),
+    "torch-checkpoint-operator": Source(
+        "code",
+        "PyTorch 2.13.0, activation checkpointing as an operator of a compiled graph",
+        f"{_TORCH}/torch/_higher_order_ops/wrap.py",
+    ),
     "torch-checkpoint": Source(
         "code",
         "PyTorch 2.13.0, activation checkpointing",

@@ -10,6 +10,7 @@ request's `loop` says that the loop is hand-written.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class Workload:
         average: torch's AveragedModel on the GPU.
         fake: whether its tensors are fake ones, which need stand-ins for what has no values and for
             kernels that are not there; on a real device everything runs as it is installed.
+        names: what a loop that computes the loss itself has names for: logits, and their copy.
     """
 
     model: Any
@@ -104,6 +106,7 @@ class Workload:
     scaler: Any = None
     average: Any = None
     fake: bool = True
+    names: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def step(self, phase: PhaseCallback) -> None:
         """Run one optimizer step: all its micro-batches, the update, and the clearing of gradients.
@@ -202,6 +205,8 @@ class Workload:
 
     def _loss(self, inputs: dict[str, Any], phase: PhaseCallback) -> tuple[Any, Any]:
         """Return the model's outputs and the loss, as `Trainer.compute_loss` does."""
+        if self.request.loop.own_loss:
+            return None, self._own_loss(inputs, phase)
         smoothing = self.request.loop.label_smoothing_factor
         if not smoothing:
             if kept := self.request.loop.logits_to_keep:
@@ -215,6 +220,17 @@ class Workload:
         outputs = self.model(**{name: each for name, each in inputs.items() if name != "labels"})
         phase(trace.LOSS_FORWARD)
         return outputs, smoother(outputs, inputs["labels"], shift_labels=True)
+
+    def _own_loss(self, inputs: dict[str, Any], phase: PhaseCallback) -> Any:
+        """Return the loss as hand-written loops make it of the model's logits."""
+        import torch
+
+        given = {name: each for name, each in inputs.items() if name != "labels"}
+        self.names["logits"] = self.model(**given)["logits"]
+        phase(trace.LOSS_FORWARD)
+        self.names["shifted"] = self.names["logits"][:, :-1].contiguous()
+        flat = self.names["shifted"].view(-1, self.names["shifted"].size(-1))
+        return torch.nn.functional.cross_entropy(flat, inputs["labels"][:, 1:].reshape(-1))
 
     def _micro_step(self, inputs: dict[str, Any], phase: PhaseCallback) -> None:
         import torch
@@ -302,7 +318,7 @@ def start(
         neftune = _import("transformers.integrations.neftune")
         neftune.activate_neftune(model, request.loop.neftune_noise_alpha)
     average = _average(model, request)
-    _wrap_autocast(model, autocast_dtype(request), device)
+    _wrap_autocast(model, autocast_dtype(request), device, converts=not request.loop.own_loss)
     kernels.compile_model(model, request, compute_capability, multiprocessors, fake=fake)
     return Workload(
         model=model,
@@ -586,10 +602,15 @@ def _checkpoints_layers(request: EstimateRequest) -> bool:
     return how is not None and how.scope == "layers"
 
 
-def _wrap_autocast(model: Any, dtype: str | None, device: str) -> None:
-    """Wrap `forward` as `Accelerator.prepare_model` does: autocast inside, fp32 outputs outside."""
+def _wrap_autocast(model: Any, dtype: str | None, device: str, *, converts: bool) -> None:
+    """Wrap `forward` as `Accelerator.prepare_model` does: autocast inside, fp32 outputs outside.
+
+    Args:
+        converts: False for a loop that calls the model under `torch.autocast` itself.
+    """
     if dtype is None:
         return
     torch, accelerate = _import("torch"), _import("accelerate.utils")
     context = torch.autocast(device_type=device.split(":")[0], dtype=getattr(torch, dtype))
-    model.forward = accelerate.convert_outputs_to_fp32(context(model.forward))
+    inside = context(model.forward)
+    model.forward = accelerate.convert_outputs_to_fp32(inside) if converts else inside

@@ -263,7 +263,7 @@ def efficient(
     lse = _fused_result("log-sum-exp", q, (BATCH, heads.query, SEQ), F32, source)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        workspace = _efficient_workspace(node, heads)
+        workspace = efficient_workspace(node, heads)
         into = _gradients(node, source)
         workspace.clear()
         return into
@@ -272,7 +272,7 @@ def efficient(
     return out
 
 
-def _efficient_workspace(node: Node, heads: Heads) -> list[Tensor]:
+def efficient_workspace(node: Node, heads: Heads) -> list[Tensor]:
     """Temporaries that the backward kernel allocates beside its gradients.
 
     Shapes:

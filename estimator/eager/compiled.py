@@ -24,6 +24,7 @@ _CUT: Final = Cite("torch-partitioner", "min_cut_rematerialization_partition")
 _FUSED: Final = Cite("torch-inductor", "scheduler.py, Scheduler.fuse_nodes")
 _TANGENTS: Final = Cite("torch-autograd", "python_function.cpp, PyNode::apply")
 _TABLE: Final = Cite("torch-inductor", "decomposition.py, embedding_dense_backward")
+_SUM: Final = Cite("torch-inductor", "fx_passes/post_grad.py, addmm")
 _ALIGNMENT_BYTES: Final = 128
 _SHORT_ROW: Final = 1024
 _MASK: Final = Cite("hf-masking", "_ignore_causal_mask_sdpa: never while compiling, torch < 2.14")
@@ -149,11 +150,16 @@ def mask(tape: Tape, dtype: DType) -> Tensor:
     return tape.new("full attention mask", MASK, dtype, _MASK)
 
 
-def embedding(ids: Tensor, weight: Operand, width: Dim) -> Tensor:
+def embedding(ids: Tensor, weight: Operand, width: Dim, of_head: list[Tensor]) -> Tensor:
     """Rows of a table; backward adds them up in an fp32 table of zeros, and casts that.
 
+    Args:
+        of_head: what a head that is tied to the table has kept for the sum of both gradients,
+            which is a tensor of its own.
+
     Shapes:
-        sums of rows  [V, h]  4 bytes, where the weight has another type
+        sums of rows                      [V, h]  4 bytes, where the weight has another type
+        their cast, beside a head's       [V, h]  width of the weight
 
     Source: torch-inductor, decomposition.py, embedding_dense_backward.
     """
@@ -161,12 +167,57 @@ def embedding(ids: Tensor, weight: Operand, width: Dim) -> Tensor:
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         shape, dtype = node.meta_of(0)
-        sums = node.scratch("sums of rows", shape, F32, _TABLE) if dtype is not F32 else None
+        sums = None
+        if of_head or dtype is not F32:
+            sums = node.scratch("sums of rows", shape, F32, _TABLE)
+        if of_head and dtype is not F32:
+            sums = node.scratch("sums of rows, cast", shape, dtype, _TABLE)
         grad = node.new_grad(0, source=_TABLE)
         del sums
+        of_head.clear()
         return (grad,)
 
     ids.tape.record("embedding", (weight,), (ids,), rule, out)
+    return out
+
+
+def tied_head(x: Tensor, weight: Param, width: Dim, of_head: list[Tensor]) -> Tensor:
+    """A product with the table of the embeddings, whose gradient is made where theirs is.
+
+    The graph adds the two gradients of the weight once, at the end. Without a cast in between the
+    product that makes the head's is fused into that sum, and waits for it with all that it reads;
+    under autocast the product stands, in its own type.
+
+    Args:
+        of_head: keeps either until then.
+
+    Shapes:
+        saved: input, and the weight's cast under autocast
+        kept for the sum: gradient of the logits  [b, s, V]  and the input, or
+        gradient before its cast                  [V, h]     2 bytes, under autocast
+
+    Source: torch-inductor, fx_passes/post_grad.py, addmm: a sum with a product.
+    """
+    tape = x.tape
+    half = ops.autocast_to_half(x)
+    casts = half.dtype is not weight.dtype
+    matrix: Operand = weight
+    if casts:
+        matrix = tape.new("weight, autocast", weight.shape, half.dtype, _FUSED)
+    out = Tensor(tape, (*x.shape[:-1], width), half.dtype, None)
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        into_x = node.new_grad(0, source=_SUM) if node.wants(0) else None
+        if node.wants(1) and casts:
+            shape, _ = node.meta_of(1)
+            of_head.append(node.scratch("gradient before its cast", shape, half_type, _SUM))
+        elif node.wants(1):
+            of_head.extend(each for each in (grads[0], saved[0]) if each is not None)
+        return (reshaped(into_x, into_x.shape) if into_x is not None else None), None
+
+    half_type = half.dtype
+    tape.record("linear", (half, weight), (half, matrix), rule, out)
+    tape.allocate(out, "output", _SUM)
     return out
 
 

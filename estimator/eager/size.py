@@ -37,6 +37,8 @@ BATCH: Final = Dim("b", 1, (1, 0, 0))
 SEQ: Final = Dim("s", 1, (0, 1, 0))
 SECOND: Final = Dim("t", 1, (0, 0, 1))
 ONE: Final = Dim("1", 1)
+# One position less than s. Sums count it as s; what the allocator is asked for is one less.
+SHIFTED: Final = Dim("s-1", 1, (0, 1, 0))
 
 Shape = tuple[Dim, ...]
 
@@ -115,3 +117,18 @@ def powers(micro_batch_size: int, seq_len: int, second: int = 0) -> Polynomial:
     """Return the value of every monomial at one micro-batch, length and second length."""
     b, s, t = micro_batch_size, seq_len, second
     return (1, b, s, b * s, s * s, b * s * s, b * t, b * s * t)
+
+
+def asked_bytes(shape: Shape, width: int, at: Polynomial) -> int:
+    """Return what the allocator is asked for at given powers of b, s and t [bytes].
+
+    Example:
+        >>> asked_bytes((BATCH, SHIFTED, Dim("V", 10)), 2, powers(3, 5))
+        240
+    """
+    count, monomial = elements(shape)
+    size = at[monomial]
+    if SHIFTED in shape:
+        in_batch, in_seq, in_second = MONOMIALS[monomial]
+        size -= at[MONOMIALS.index((in_batch, in_seq - 1, in_second))]
+    return count * width * size

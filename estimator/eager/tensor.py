@@ -264,6 +264,9 @@ class Tape:
         self.host: dict[tuple[int, tuple[int, int]], int] = {}
         self.grads: dict[Param, Tensor] = {}
         self.batch: list[Tensor] = []
+        # What a loop of one's own has names for: until the next step, or from the one before.
+        self.names: list[Tensor] = []
+        self.names_before: list[Tensor] = []
         self.grads_exist = False
         # In the first step also the gradients are made that no optimizer clears ever after.
         self.first_step = False
@@ -422,6 +425,7 @@ class Tape:
         self.grads.clear()
         self.kept.clear()
         self.batch.clear()
+        self.names.clear()
 
     # -- graph ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from estimator.eager.size import BATCH, SEQ, Dim, dim
 from estimator.eager.tensor import Tensor, view
 from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import CutCrossEntropy, FusedLinear, FusedLoss
+from estimator.memory.outside_loss import OutsideLoss
 from estimator.memory.sampled_loss import SampledLabels
 from estimator.memory.smoothed_loss import LabelSmoothing
 from estimator.memory.unsloth_loss import UnslothLoss
@@ -127,8 +128,9 @@ _ACCURACY: Final = Cite("trl-sft", "SFTTrainer.compute_loss, shift_logits")
 # `logits[..., :-1, :]`. transformers 4.38.2 and 4.45.2: models/llama/modeling_llama.py,
 # LlamaForCausalLM.forward rebinds `logits = logits.float()` and copies the slice.
 AnyLoss = Union[
-    Loss, ChunkedLoss, CompiledLoss, FastLoss, FusedLoss, LabelSmoothing, RecipeLoss, SampledLabels
-]
+    Loss, ChunkedLoss, CompiledLoss, FastLoss, FusedLoss, LabelSmoothing, OutsideLoss, RecipeLoss,
+    SampledLabels,
+]  # fmt: skip
 LOSSES: Final[dict[str, AnyLoss]] = {
     "transformers-5": Loss(upcasts_outputs=False, shifts_logits=False),
     "compiled": CompiledLoss(),
@@ -148,4 +150,5 @@ LOSSES: Final[dict[str, AnyLoss]] = {
     "chunked": ChunkedHead(),
     "label_smoothing": LabelSmoothing(),
     "sampled": SampledLabels(),
+    "outside": OutsideLoss(),
 }

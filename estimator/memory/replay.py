@@ -12,7 +12,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from estimator.eager.size import Polynomial
+from estimator.eager.size import Polynomial, asked_bytes
 from estimator.eager.tensor import Regime
 from estimator.memory.caching_allocator import (
     DEFAULT_SETTINGS,
@@ -23,6 +23,8 @@ from estimator.memory.caching_allocator import (
 from estimator.memory.clipping import clipping_temporaries
 from estimator.memory.hessian_pass import HESSIAN, hessian_pass
 from estimator.memory.loading import LOADING, added, loading
+from estimator.memory.loss import LOSSES
+from estimator.memory.outside_loss import OutsideLoss
 from estimator.memory.standing import (
     IMPORTANCE,
     importance_sizes,
@@ -105,8 +107,12 @@ def blocks(
 
 
 def _first_pass(run: Run, regime: Regime) -> Recording | None:
-    """Return the first step, where it makes gradients that stay; they have numbers of their own."""
-    if not any(weight.keeps_gradient for _, weight, _ in run.spec.tensors()):
+    """Return the first step, where it makes gradients that stay; they have numbers of their own.
+
+    Nor is there anything yet of what a loop's names keep from the step before.
+    """
+    stays = any(weight.keeps_gradient for _, weight, _ in run.spec.tensors())
+    if not stays and not isinstance(LOSSES[run.loss], OutsideLoss):
         return None
     found = record(run, regime, first_step=True)
     log = tuple(
@@ -178,7 +184,8 @@ class _Replayer:
     def of(self, recording: Recording, prefix: str) -> None:
         """Go over to another pass of the step, whose moments have names that begin with a word."""
         self.recording, self.prefix = recording, prefix
-        self.sizes = [kind.size[0] * self.at[kind.size[1]] for kind in recording.kinds]
+        kinds = recording.kinds
+        self.sizes = [asked_bytes(each.shape, each.dtype.width, self.at) for each in kinds]
 
     def load(self, events: Iterable[Event]) -> None:
         """Make the model."""

@@ -295,11 +295,11 @@ class _Assembly:
         return self.after(name, self.inputs(), more, extra)
 
     def inputs(self) -> Live:
-        """Return the batch itself, which stays alive until the loop fetches the next one."""
+        """Return what the loop still has names for: the batch itself, and maybe logits."""
         return {
             kind: count
             for kind, count in self.seen.end.items()
-            if self.seen.kinds[kind].component == "buffers"
+            if self.seen.kinds[kind].component == "buffers" or kind in self.seen.named
         }
 
     # -- what is alive ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from estimator.eager import ops
 from estimator.eager.checkpoint import checkpoint
 from estimator.eager.engine import backward
 from estimator.eager.host import SaveOnHost
-from estimator.eager.size import BATCH, SECOND, SEQ, dim
+from estimator.eager.size import BATCH, SECOND, SEQ, SHIFTED, dim
 from estimator.eager.tensor import (
     Instant,
     Live,
@@ -32,16 +32,22 @@ from estimator.eager.tensor import (
 from estimator.memory.chunked_loss import ChunkedHead
 from estimator.memory.fused_loss import FusedLoss
 from estimator.memory.loss import LOSSES, MeasuredLoss
+from estimator.memory.outside_loss import OutsideLoss
 from estimator.memory.sampled_loss import SampledLabels
 from estimator.memory.smoothed_loss import LabelSmoothing
 from estimator.memory.unroll import NotPeriodicError, shorten, unroll
 from estimator.memory.updates import inside_backward
+from estimator.model.compiled_layer import checkpointed
 from estimator.model.forward import Forward, Given
 from estimator.model.spec import LayerKind
 from estimator.model.torchtune import RecipeLoss
 from estimator.run import Run
-from estimator.sources import Cite
+from estimator.sources import Assumption, Cite
 
+_NAMES = Assumption(
+    "the loop binds its names for logits and shifted logits anew in each step, as a loop in the "
+    "body of a function does, so that those of the step before live through the forward pass"
+)
 INPUTS = Cite("hf-trainer", "Trainer._prepare_inputs: input_ids, attention_mask, labels")
 
 
@@ -59,6 +65,7 @@ class Trace(Struct, frozen=True):
         left: what backward has left when it reaches the embeddings.
         end: what is alive after backward.
         host: tensors in pinned host memory when backward begins, by site and size.
+        named: the kinds of tensor that the loop has names for until the next step.
     """
 
     kinds: tuple[TensorKind, ...]
@@ -72,6 +79,7 @@ class Trace(Struct, frozen=True):
     left: Live
     end: Live
     host: Mapping[tuple[int, tuple[int, int]], int]
+    named: frozenset[int] = frozenset()
 
 
 def trace(run: Run, regime: Regime) -> Trace:
@@ -82,6 +90,7 @@ def trace(run: Run, regime: Regime) -> Trace:
     tape.enter(0)
     end = dict(tape.live)
     left = tape.left_behind if tape.left_behind is not None else end
+    named = frozenset(each.storage.kind for each in tape.names if each.storage is not None)
     tape.drop_step()
     return Trace(
         kinds=tuple(tape.kinds),
@@ -95,6 +104,7 @@ def trace(run: Run, regime: Regime) -> Trace:
         left=left,
         end=end,
         host=tape.host,
+        named=named,
     )
 
 
@@ -161,7 +171,7 @@ def record_layers(
 
 def site_names(run: Run, kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
     """Name the sites of a step through layers of these kinds; a compiled loss is no phase."""
-    loss = "loss, compiled" if run.settings.compiled else "loss"
+    loss = "loss, compiled" if run.loss == "compiled" else "loss"
     return ("embeddings", *(kind.name for kind in kinds), "final_norm", "head", loss)
 
 
@@ -185,6 +195,8 @@ def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, 
     batch.append(_input(tape, "labels", run, run.kept_logits))
     if run.settings.packing:
         forward.names["position_ids"] = batch[1]
+    if isinstance(LOSSES[run.loss], OutsideLoss) and not tape.first_step:
+        tape.names_before = _names_before(run, tape, len(kinds))
     tape.autocast_enabled = run.autocast is not None
     if run.checkpointing is not None and run.checkpointing.scope == "none":
         tape.frame = SaveOnHost(tape)
@@ -302,6 +314,9 @@ def _forward(
     logits = how.outputs(family.logits(forward, _last_positions(run, hidden)))
     if isinstance(how, RecipeLoss):
         del hidden
+    if isinstance(how, OutsideLoss):
+        del hidden
+        return _outside(how, forward, logits, batch[-1], last + 2)
     if isinstance(how, (LabelSmoothing, SampledLabels)):
         # The model has returned, out of autocast, before the loop computes this loss.
         tape.cast_cache.clear()
@@ -329,6 +344,38 @@ def _forward(
     if run.autocast is not None:
         held = [ops.cast(logits, DType.FLOAT32, "logits of the outputs in fp32")]
     return loss, _Outputs(held, alive)
+
+
+def _outside(
+    how: OutsideLoss, forward: Forward, logits: Tensor, labels: Tensor, site: int
+) -> tuple[Tensor, _Outputs]:
+    """Compute the loss in the loop, whose names still hold what the step before has left."""
+    tape = forward.tape
+    tape.cast_cache.clear()
+    tape.autocast_enabled = False
+    before = tape.names_before
+    if before:
+        before.pop()
+    alive = dict(tape.live)
+    tape.enter(site)
+    with tape.module("loss"):
+        shifted = how.shifted(logits)
+        before.clear()
+        loss = how(shifted, labels, forward.spec.vocab)
+    tape.names += [logits, shifted]
+    return loss, _Outputs([], alive)
+
+
+def _names_before(run: Run, tape: Tape, layers: int) -> list[Tensor]:
+    """Return what a loop of one's own still has names for: the copy, and the logits."""
+    dtype = run.autocast or _activation_dtype(run)
+    held = ((layers + 3, SHIFTED, "shifted logits"), (layers + 2, SEQ, "logits"))
+    return [
+        tape.new(
+            f"{what} of the step before", (BATCH, tokens, run.spec.vocab), dtype, _NAMES, site=site
+        )
+        for site, tokens, what in held
+    ]
 
 
 def _with_term(forward: Forward, kinds: tuple[LayerKind, ...], loss: Tensor) -> Tensor:
@@ -365,17 +412,31 @@ def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor
     for site, kind in enumerate(kinds, start=1):
         forward.enter(site, kind.modules)
         region = _region(forward, site, kind, given.to(kind))
-        if kind.checkpointed and how is not None:
-            # A compiled graph looks the rows of the embeddings up again.
-            looks_up_again = run.settings.compiled and site == 1
-            hidden = checkpoint(how, region, hidden, keeps_inputs=not looks_up_again)
+        if kind.checkpointed and run.settings.compiled:
+            last = site == len(kinds)
+            final = _final(run, forward, site + 1) if last else None
+            hidden = checkpointed(forward, kind, region, hidden, first=site == 1, final=final)
+            if last:
+                forward.names.clear()
+                return hidden
+        elif kind.checkpointed and how is not None:
+            hidden = checkpoint(how, region, hidden)
         else:
             hidden = region(hidden)
         hidden = forward.intervene(hidden)
-    forward.enter(len(kinds) + 1, spec.final)
-    hidden = family.final(forward, hidden)
+    hidden = _final(run, forward, len(kinds) + 1)(hidden)
     forward.names.clear()
     return hidden
+
+
+def _final(run: Run, forward: Forward, site: int) -> Callable[[Tensor], Tensor]:
+    """Return the final norm as a function of its input."""
+
+    def norm(hidden: Tensor) -> Tensor:
+        forward.enter(site, run.spec.final)
+        return run.spec.family.final(forward, hidden)
+
+    return norm
 
 
 def _region(

@@ -111,6 +111,10 @@ class Forward:
         self.attention_weights: Tensor | None = None
         self.input_requires_grad = False
         self.checkpointing: Checkpointing | None = None
+        # The mask that a compiled backward makes in the last layer and lets go of in the first.
+        self.backward_mask: list[Tensor] = []
+        # What a compiled head has kept for its gradient, if it is tied to the embeddings.
+        self.of_tied_head: list[Tensor] = []
         self._params: dict[tuple[int, str, str], Param] = {}
         self._tied: dict[str, str] = {}
         # The last input that a compiled graph has cast for adapters, and its copy.
@@ -195,6 +199,8 @@ class Forward:
                     "sourced answer here yet; leave out target_parameters or the fp8 kernels"
                 )
             return module.product.forward(self, weight, vector, x, module.fan_out)
+        if self.settings.compiled and module.name in self._tied and isinstance(weight, Param):
+            return compiled.tied_head(x, weight, self._row(module), self.of_tied_head)
         if self.settings.compiled:
             return ops.linear(x, weight, vector, self._row(module))
         if not module.spelled_out:
@@ -255,18 +261,20 @@ class Forward:
             scaled: the module multiplies what it looked up, as Gemma's does.
         """
         module = self._find(name, Embedding)
-        look_up = compiled.embedding if self.settings.compiled else ops.embedding
         with self.tape.module(name):
             table: ops.Operand = self.param(name, module.weights()[0])
             if module.rows_trained is not None:
                 table = module.rows_trained.merged(self, module)
-            out = look_up(ids, table, module.width)
+            if self.settings.compiled:
+                out = compiled.embedding(ids, table, module.width, self.of_tied_head)
+            else:
+                out = ops.embedding(ids, table, module.width)
             if scaled:
                 out = ops.scale(out, "scaled rows")
             del table
         if name == self.spec.embeddings[0].name:
-            # A compiled graph hands nobody the gradient of a tensor inside it.
-            if self.input_requires_grad and not out.requires_grad and not self.settings.compiled:
+            # Dynamo ends a graph where a hook makes its output want a gradient.
+            if self.input_requires_grad and not out.requires_grad:
                 leaf = Param("inputs_embeds", out.shape, out.dtype, True)
                 leaf.held = view(out, out.shape)
                 out.edge = Edge(leaf)

@@ -8,6 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from estimator.dtypes import DType
+from estimator.eager.checkpoint import Checkpointing
 from estimator.errors import UnsupportedCombinationError
 from estimator.model.spec import Linear, ModelSpec, Module
 from estimator.run import Run
@@ -116,7 +117,7 @@ class Compile(Struct, frozen=True):
     cuda_graphs: bool = False
 
     def apply(self, run: Run) -> Run:
-        """Let the model and its loss run as two compiled graphs.
+        """Let the model, and its loss unless the loop computes it, run as two compiled graphs.
 
         Raises:
             UnsupportedCombinationError: what was never compared with the dry run.
@@ -130,12 +131,14 @@ class Compile(Struct, frozen=True):
                     "'compile' out: the eager step bounds most compiled ones"
                 )
         settings = replace(run.settings, compiled=True, cuda_graphs=self.cuda_graphs)
-        return replace(run, loss="compiled", settings=settings)
+        # The loss is a part of the graphs unless the loop computes it.
+        loss = "compiled" if run.loss == "transformers-5" else run.loss
+        return replace(run, loss=loss, settings=settings)
 
 
 def _compiled(run: Run) -> dict[str, bool]:
     """Return what a run can have beside compilation, and whether this run's is described."""
-    spec, settings = run.spec, run.settings
+    spec, settings, how = run.spec, run.settings, run.checkpointing
     known = ", ".join(COMPILED_MODEL_TYPES)
     full, lora = _is_full(spec), _is_lora(spec)
     linears = [each for each, _ in spec.module_counts() if isinstance(each, Linear)]
@@ -154,7 +157,9 @@ def _compiled(run: Run) -> dict[str, bool]:
         "use_cache": not settings.keeps_cache,
         "loop.keep_outputs": not run.keeps_outputs,
         "loop.logits_to_keep": run.kept_logits == 0,
-        "another loss or framework than that of transformers 5": run.loss == "transformers-5",
+        "another loss or framework than that of transformers 5": (
+            run.loss in ("transformers-5", "outside")
+        ),
         "quantization": not any(each.format for each in linears),
         "products in 8-bit floats": not any(each.product for each in linears),
         "methods other than full and LoRA without dropout on all linear layers": full or lora,
@@ -168,8 +173,12 @@ def _compiled(run: Run) -> dict[str, bool]:
             lora or run.autocast is None or stored is DType.FLOAT32
         ),
         "LoRA over fp32 weights": full or stored is DType.BFLOAT16,
-        # The order in which the graph makes the last layer again is not described.
-        "activation checkpointing": run.checkpointing is None,
+        # Dynamo marks a region for recomputation, reentrant or not.
+        "activation checkpointing other than full": how is None
+        or replace(how, reentrant=None) == Checkpointing(),
+        # A hook ends the graph behind the embeddings, and what the scheduler of the layers' graph
+        # leaves standing beside attention's backward is not described.
+        "activation checkpointing of LoRA": full or how is None,
         "anything but full bf16 training of qwen2 models": spec.model_type != "qwen2" or bare,
         "biases in llama models": spec.model_type != "llama"
         or not any(each.bias for each in linears),
@@ -177,7 +186,9 @@ def _compiled(run: Run) -> dict[str, bool]:
 
 
 def _is_full(spec: ModelSpec) -> bool:
-    return spec.trainable_parameters() == spec.total_parameters()
+    """Whether every weight wants a gradient, whichever the optimizer is given."""
+    modules = [each for each, _ in spec.module_counts()]
+    return all(each.trainable for module in modules for each in module.weights())
 
 
 def _is_lora(spec: ModelSpec) -> bool:

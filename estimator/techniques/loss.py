@@ -72,6 +72,27 @@ class Smoothing(Struct, frozen=True):
         return replace(run, loss="label_smoothing")
 
 
+class OwnLoss(Struct, frozen=True):
+    """A hand-written loop that computes the loss from the model's logits, outside autocast."""
+
+    stage: ClassVar[Stage] = Stage.HEAD
+
+    def apply(self, run: Run) -> Run:
+        """Let the loop compute the loss.
+
+        Raises:
+            UnsupportedCombinationError: a loss that is not transformers 5's own, virtual tokens, a
+                prefix, or a step without backward.
+        """
+        prompted = run.spec.virtual_tokens is not None or run.prefix_tokens > 0
+        if run.loss != "transformers-5" or prompted or run.forward_only:
+            raise UnsupportedCombinationError(
+                "loop.own_loss has a sourced answer with loss 'standard' of transformers 5 only, "
+                "with a backward pass and without virtual tokens; set it to false, or use those"
+            )
+        return replace(run, loss="outside")
+
+
 class KeptLogits(Struct, frozen=True):
     """Logits of the last positions alone, as transformers' `logits_to_keep` makes them."""
 

@@ -109,6 +109,7 @@ TECHNIQUES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             {"ema": "cuda"},
             {"ema": "cpu"},
             {"logits_to_keep": 7},
+            {"own_loss": True},
         ]
     ).map(lambda loop: {"loop": loop}),
     "8 bits": st.sampled_from(["torchao", "te"]).map(lambda name: {"fp8": {"name": name}}),

@@ -9,6 +9,7 @@ Document = dict[str, Any]
 LORA: Final[Document] = {"method": {"name": "lora", "r": 12, "lora_dropout": 0.0}}
 SHORT: Final[Document] = {"micro_batch_size": 1, "seq_len": 13}
 OFFLOADS: Final[Document] = {"name": "torchao_cpu_offload", "offload_gradients": True}
+OWN_LOSS: Final[Document] = {"own_loss": True}
 FUSED: Final[Document] = {"optimizer": "adamw_torch_fused"}
 
 RECIPES: Final[dict[str, Document]] = {
@@ -51,6 +52,15 @@ RECIPES: Final[dict[str, Document]] = {
     "logits of 300 positions, capped": {
         "loop": {"logits_to_keep": 300}, "gradient_accumulation_steps": 2,
     },
+    "loss of one's own": {"loop": OWN_LOSS},
+    "loss of one's own amp": {**FUSED, "precision": "amp_bf16", "loop": OWN_LOSS},
+    "loss of one's own lora checkpointed": {
+        **LORA, "autocast": "bf16", "activation_checkpointing": "full", "loop": OWN_LOSS,
+    },
+    "loss of one's own, accumulation": {
+        **FUSED, "precision": "amp_bf16", "gradient_accumulation_steps": 3, "loop": OWN_LOSS,
+    },
+    "loss of one's own, capped": {"loop": OWN_LOSS},
     "stochastic rounding": {
         **SHORT, "optimizer": {"name": "torchao_adamw", "bf16_stochastic_round": True},
     },
@@ -94,6 +104,8 @@ RECIPES: Final[dict[str, Document]] = {
 }  # fmt: skip
 MODELS: Final[dict[str, str]] = {
     "clipping amp accumulation": "gpt2",
+    "loss of one's own, accumulation": "gpt2",
+    "loss of one's own, capped": "gemma2",
     "loss scaling without clipping": "gpt2",
     "stochastic rounding 8-bit checkpointed": "gpt2",
     "stochastic rounding accumulation": "llama-tied",

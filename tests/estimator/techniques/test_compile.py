@@ -57,6 +57,70 @@ def test_the_tensors_of_the_peak_are_those_of_the_code_that_inductor_writes(reci
     assert expected == pytest.approx(dry_run, rel=2e-4)
 
 
+# A small vocabulary, so that the layers are the peak and not the loss.
+LAYERS: dict[str, Any] = {**LLAMA, "intermediate_size": 3072, "vocab_size": 2003}
+PADDED: dict[str, Any] = {
+    **LAYERS, "hidden_size": 1152, "intermediate_size": 3016, "num_attention_heads": 18,
+    "num_key_value_heads": 6,
+}  # fmt: skip
+NO_GROUPS: dict[str, Any] = {**LAYERS, "intermediate_size": 2816, "num_key_value_heads": 16}
+QWEN2: dict[str, Any] = {
+    **LAYERS, "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+    "num_attention_heads": 14, "num_key_value_heads": 2,
+}  # fmt: skip
+QWEN3: dict[str, Any] = {
+    **LAYERS, "model_type": "qwen3", "num_attention_heads": 12, "num_key_value_heads": 4,
+    "head_dim": 128,
+}  # fmt: skip
+TIED: dict[str, Any] = {
+    **LLAMA, "intermediate_size": 3016, "vocab_size": 20_003, "num_hidden_layers": 2,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _tensors(config: dict[str, Any], **recipe: Any) -> int:
+    """Return the bytes of the peak without the allocator's rounding."""
+    found = _answer(config, **recipe)
+    rows = [row for part in found.breakdown for row in part.rows]
+    rounding = sum(row.bytes for row in rows if row.name == "allocator rounding")
+    return found.peak.allocated_bytes.expected - rounding
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe", "dry_run", "within"),
+    [
+        (LAYERS, {}, 556_108_424, 1e-3),
+        (LAYERS, {"precision": "amp_bf16"}, 835_787_400, 1e-3),
+        (PADDED, {}, 622_949_368, 1e-3),
+        (NO_GROUPS, {}, 565_656_200, 1e-3),
+        (QWEN2, {}, 608_659_656, 5e-3),
+        (QWEN3, {}, 545_837_864, 8e-3),
+    ],
+    ids=["rows unpadded", "amp", "rows padded", "no grouped heads", "qwen2", "qwen3"],
+)
+def test_a_checkpointed_layer_is_computed_again_in_the_order_of_the_scheduler(
+    config, recipe, dry_run, within
+):
+    # Dry run with torch 2.13.0 and transformers 5.23.0; requested bytes, without block rounding.
+    found = _tensors(config, activation_checkpointing="full", **recipe)
+    assert found == pytest.approx(dry_run, rel=within)
+
+
+def test_reentrant_checkpointing_is_the_same_inside_a_compiled_graph():
+    plain = _answer(LAYERS, activation_checkpointing="full_nonreentrant")
+    reentrant = _answer(LAYERS, activation_checkpointing="full_reentrant")
+    # The eager step, from which the high end comes, tells the two apart.
+    assert reentrant.peak.allocated_bytes.expected == plain.peak.allocated_bytes.expected
+    assert reentrant.peak.allocated_bytes.low == plain.peak.allocated_bytes.low
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_both_gradients_of_a_tied_table_stand_beside_their_sum(checkpointing):
+    # Dry run, as above; both kinds have their peak at the end of backward.
+    found = _tensors(TIED, activation_checkpointing=checkpointing, micro_batch_size=1, seq_len=300)
+    assert found == pytest.approx(465_703_662, rel=2e-3)
+
+
 def test_the_high_end_is_never_below_the_eager_step():
     compiled, eager = _answer(), _answer(kernels=[])
     for quantity in ("allocated_bytes", "reserved_bytes", "device_used_bytes", "needed_bytes"):
@@ -94,8 +158,10 @@ def test_the_verdict_uses_the_high_end():
         ({"precision": "master_bf16"}, "master copies"),
         ({"autocast": "bf16"}, "under autocast"),
         ({**LORA, "quantization": {"name": "nf4"}}, "quantization"),
-        ({"activation_checkpointing": "full"}, "activation checkpointing"),
-        ({"activation_checkpointing": "selective_op"}, "activation checkpointing"),
+        ({"activation_checkpointing": "every_2"}, "activation checkpointing other than full"),
+        ({"activation_checkpointing": "selective_op"}, "activation checkpointing other than full"),
+        ({"activation_checkpointing": "offload"}, "activation checkpointing other than full"),
+        ({**LORA, "activation_checkpointing": "full"}, "activation checkpointing of LoRA"),
         ({"optimizer": {"name": "adamw", "in_backward": True}}, "optimizer in backward"),
         ({"loop": {"set_to_none": False}}, "gradients that stand"),
     ],

@@ -42,6 +42,10 @@ def test_what_a_request_to_trl_says_itself_stays():
         ({"software": "trl", "loss": "standard"}, "head of its own"),
         ({"loop": {"label_smoothing_factor": 0.1}, "loss": "chunked"}, "label_smoothing"),
         ({"loop": {"label_smoothing_factor": 0.1}, "software": {"version": "4"}}, "transformers 5"),
+        ({"loop": {"own_loss": True}, "software": {"version": "4"}}, "own_loss"),
+        ({"loop": {"own_loss": True}, "method": "prefix_tuning"}, "own_loss"),
+        ({"loop": {"own_loss": True}, "method": "mezo"}, "own_loss"),
+        ({"loop": {"own_loss": True, "logits_to_keep": 8}}, "logits_to_keep"),
     ],
 )
 def test_a_loss_that_the_trainer_would_not_run_is_refused(recipe, why):
@@ -103,3 +107,29 @@ def test_old_trl_has_the_models_own_loss_by_default():
     request = parse_request({"model": "gpt2", "software": {"framework": "trl", "version": "0.27"}})
     assert request.loss == "standard"
     assert (request.precision, request.autocast) == ("fp32", "bf16")
+
+
+SMALL: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 1152, "intermediate_size": 3016, "vocab_size": 50_021,
+    "num_hidden_layers": 5, "num_attention_heads": 18, "num_key_value_heads": 6,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dry_run"),
+    [
+        ({}, 3_407_483_904),
+        ({"precision": "amp_bf16"}, 4_963_421_696),
+    ],
+    ids=["bf16", "under autocast"],
+)
+def test_a_loss_outside_the_model_is_made_in_the_type_of_its_logits(recipe, dry_run):
+    document = {
+        "model": {"config": SMALL}, "micro_batch_size": 3, "seq_len": 1000,
+        "optimizer": "adamw_torch_fused", "loop": {"own_loss": True}, **recipe,
+    }  # fmt: skip
+    found = answer(parse_request(document), SMALL, "model", None)
+    # Dry run with torch 2.13.0 and transformers 5.23.0; allocated bytes.
+    assert found.peak.allocated_bytes.expected == pytest.approx(dry_run, rel=2e-3)
+    assert found.peak.moment == "loss backward"
