@@ -97,12 +97,12 @@ def _loss(row: Row) -> str | None:
     return next((reason for key, reason in OTHER_LOSSES.items() if loss.startswith(key)), None)
 
 
-# Sources whose compiled model is estimated as eager PyTorch runs it; their rule says so.
-EAGER: Final = ("usamec",)
+# Sources whose rule asks for the compiled model.
+COMPILED: Final = ("usamec",)
 
 
 def _compile(row: Row) -> str | None:
-    return "torch.compile" if row.compile and row.source_group not in EAGER else None
+    return "torch.compile" if row.compile and row.source_group not in COMPILED else None
 
 
 def _unstated(row: Row) -> str | None:
@@ -298,10 +298,12 @@ def _lowmem(row: Row) -> dict[str, Any]:
     """usamec/lowmem_finetuning: two scripts with loops of their own over transformers' Llama.
 
     Only the layers are given to the optimizer. The baseline freezes nothing, keeps fp32 weights,
-    holds the logits through backward, and compiles the model, which is estimated as eager; the
-    other script freezes the embeddings and has weights in bf16, no loss over logits, and an
-    optimizer of its own inside backward. Autocast to bf16 is on in both, and no gradient is
+    compiles the model and computes the loss itself, from a shifted copy of its logits and outside
+    autocast; the other script freezes the embeddings and has weights in bf16, no loss over logits,
+    and an optimizer of its own inside backward. Autocast to bf16 is on in both, and no gradient is
     clipped. Every row of a batch is padded to 160 tokens.
+
+    Source: usamec/lowmem_finetuning at 6d8dc10f, finetune_base.py and finetune_lowmem.py, main.
     """
     layers = {"name": "partial", "last_layers": LAYERS[row.model]}
     document: dict[str, Any] = {
@@ -325,7 +327,8 @@ def _lowmem(row: Row) -> dict[str, Any]:
         **document,
         "method": {**layers, "freeze_others": False},
         "precision": "amp_bf16",
-        "loop": {"keep_outputs": True, "max_grad_norm": 0.0},
+        "kernels": ["compile"],
+        "loop": {"own_loss": True, "max_grad_norm": 0.0},
         "optimizer": adam if "Adam (" in (row.optimizer or "") else {"name": "lowmem_adafactor"},
     }
 
