@@ -24,10 +24,10 @@ SCORED = grouped(published(FOUND))
 # allocator keeps twice what is estimated; no answer to another run had changed. Those of the
 # tutorials of torchtune were 0.052 and 0.212 for batches of 1304 tokens, which it cut to 512.
 # The median of torchao was 0.024 with 32-bit states for embeddings and blocks of 256, which a loop
-# of one's own in September 2024 does not make. Those of usamec were 0.042 and 0.070 with its baseline
-# as an eager model with transformers' loss. Asked for as what it is, the row of Adam went from +4.7 %
-# to -3.9 % and that of Adafactor from -2.0 % to -7.9 %; the dry run of that request is at -1.7 %, as
-# a table of 0.98 GiB finds no block there.
+# of one's own in September 2024 does not make. Those of usamec were 0.042 and 0.070 with its
+# baseline as an eager model with transformers' loss. Asked for as what it is, the row of Adam went
+# from +4.7 % to -3.9 % and that of Adafactor from -2.0 % to -7.9 %; the dry run of that request is
+# at -1.7 %, as a table of 0.98 GiB finds no block there.
 MEDIAN_BOUNDS = {
     ("fms-main", "allocated"): 0.0005,
     ("fms-main", "device-used"): 0.0625,
