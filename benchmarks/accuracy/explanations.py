@@ -69,7 +69,7 @@ def _compiled_by_the_script(comparison: Comparison) -> str | None:
         return None
     kept = peak.reserved_bytes.expected - peak.allocated_bytes.expected
     return (
-        "the GPU is not named, and the script compiles for any shape, with transformers of mid-2025; "
+        "the GPU is not named, and the script compiles for any shape with transformers 4; "
         f"{gib(kept)} of the estimate are blocks left cached"
     )
 
