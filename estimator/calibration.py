@@ -268,9 +268,17 @@ class Ranges(Struct, frozen=True):
     device_used: Spread
     recoverable: Spread | None
 
-    def of_reserved(self, replayed: int, allocated: Range, work: Work) -> Range:
-        """Return the range of `max_memory_reserved`, which is never below the allocated one's."""
-        found = self.reserved.around(replayed, work)
+    def of_reserved(self, replayed: Range, allocated: Range, work: Work) -> Range:
+        """Return the range of `max_memory_reserved`, which is never below the allocated one's.
+
+        Args:
+            replayed: the least, the middle and the most that replays of the run gave [bytes].
+        """
+        low, found, high = (
+            self.reserved.around(max(each, allocated.expected), work)
+            for each in (replayed.low, replayed.expected, replayed.high)
+        )
+        found = Range(low.low, found.expected, high.high)
         return Range(
             max(found.low, min(allocated.low, found.expected)),
             found.expected,
@@ -291,21 +299,27 @@ class Ranges(Struct, frozen=True):
             max(found.high, reserved.high + context.low) + managed,
         )
 
-    def of_needed(self, allocated: int, work: Work) -> Range:
+    def of_needed(self, allocated: int, pinned: int, work: Work) -> Range:
         """Return the least device memory with which the run does not run out.
 
-        Cached blocks and managed memory give way under pressure, so they are not part of it.
+        Segments with nothing in them and managed memory give way under pressure, so they are not
+        part of it.
 
         Args:
             allocated: the peak in whole blocks, each of the size that it would get from a fresh
-                segment [bytes].
+                segment [bytes]; with less no order of requests is served.
+            pinned: what the allocator could not give back [bytes].
         """
         context = self.constants.context
+        pinned = max(pinned, allocated)
         if self.recoverable is not None:
-            found = self.recoverable.around(allocated, work)
+            found = self.recoverable.around(pinned, work)
         else:
-            spread = self.allocated.around(allocated, work)
-            found = Range(spread.low, spread.expected, round(spread.high * NEEDED))
+            least, most = (
+                self.allocated.around(allocated, work),
+                self.allocated.around(pinned, work),
+            )
+            found = Range(least.low, pinned, round(most.high * NEEDED))
         return Range(
             found.low + context.low, found.expected + context.expected, found.high + context.high
         )
@@ -333,8 +347,9 @@ class Ranges(Struct, frozen=True):
 
 NEEDED: Final = 1.03
 NEEDED_REASON: Final = Assumption(
-    "cached blocks are given back before a run fails; what cannot be given back is taken to "
-    "be 3 % of the allocated peak at most; no sweep of memory limits backs this yet"
+    "segments with nothing in them are given back before a run fails; a replay of the allocator "
+    "says how much is in the others, and 3 % are kept on top for another order of requests; no "
+    "sweep of memory limits backs this yet"
 )
 
 

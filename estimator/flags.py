@@ -87,6 +87,11 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
     "Batch": (
         Flag("--micro-batch-size", "/micro_batch_size", "Sequences per GPU and forward."),
         Flag("--seq-len", "/seq_len", "Tokens in the longest sequence."),
+        Flag(
+            "--sample-lengths",
+            "/sample_lengths",
+            "Tokens of samples, padded to the longest of a batch: 80,310,2048.",
+        ),
         Flag("--gradient-accumulation-steps", "/gradient_accumulation_steps", "Forwards per step."),
         Flag("--padding", "/padding", "Batches hold padding, so a mask is passed."),
         Flag("--packing", "/packing", "Sequences are packed end to end."),
@@ -371,7 +376,7 @@ def _click_type(pointer: str, field: Field) -> ParamType:
     if dict in kinds:
         return JsonObject()
     if tuple in kinds:
-        counts = any(get_args(each)[:1] == (int,) for each in field.types)
+        counts = any(int in _members(each) for kind in field.types for each in get_args(kind))
         return Numbers() if counts else Names(literals)
     if bool in kinds:
         return SwitchOr(("true", "false", *literals), case_sensitive=False)

@@ -27,12 +27,13 @@ from estimator.catalog import Gpu
 from estimator.eager.float8 import MULTIPLE
 from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
+from estimator.memory import lengths
 from estimator.memory.average import average_host_bytes
 from estimator.memory.caching_allocator import DEFAULT_SETTINGS, AllocatorSettings
 from estimator.memory.hessian_pass import hessian_pass
 from estimator.memory.loading import loading_assumptions, loading_moment
 from estimator.memory.loss import LOSSES, MeasuredLoss
-from estimator.memory.replay import Blocks, Conditions, blocks
+from estimator.memory.replay import Blocks, Conditions, Recordings, Turn, blocks
 from estimator.memory.requests import Request, requests
 from estimator.memory.standing import managed_bytes, trained_tensors
 from estimator.memory.timeline import Moment, Step, compile_step
@@ -50,7 +51,7 @@ from estimator.verdict import judge
 
 Traces = dict[Regime, Trace]
 
-KEPT_REPLAYS = 16
+KEPT_REPLAYS = 64
 SORTED_EMBEDDING_TOKENS = 3072
 FUSED_4BIT_TOKENS = 1536
 
@@ -88,12 +89,18 @@ class Reading(Struct, frozen=True):
     eager: int | None = None
     unpooled: int = 0
 
-    def needed(self, widths: Ranges, work: Work) -> Range:
-        """Return the least device memory with which the run does not run out."""
-        needed = widths.of_needed(self.allocated, work)
+    def needed(self, widths: Ranges, work: Work, share: float = 1.0) -> Range:
+        """Return the least device memory with which the run does not run out, without a replay.
+
+        Args:
+            share: what the allocator cannot give back, as a multiple of the allocated peak.
+        """
+        needed = widths.of_needed(self.allocated, round(self.allocated * share), work)
         if self.eager is None:
             return needed
-        found = compiled_range(needed, widths.of_needed(self.eager, work))
+        found = compiled_range(
+            needed, widths.of_needed(self.eager, round(self.eager * share), work)
+        )
         return Range(found.low, found.expected, found.high + self.unpooled)
 
 
@@ -142,7 +149,9 @@ class Engine:
         self._steps: dict[Regime, Step] = {}
         # The same run uncompiled, which dynamo may fall back to.
         self.eager: Engine | None = None
+        self._recordings = Recordings(run)
         self._replays = lru_cache(maxsize=KEPT_REPLAYS)(self._replay)
+        self._orders = lru_cache(maxsize=KEPT_REPLAYS)(self._replay_orders)
 
     @cached_property
     def trained(self) -> tuple[Trained, ...]:
@@ -232,11 +241,50 @@ class Engine:
         needed = self.needed(micro_batch_size, seq_len, device)
         return judge(needed, device.capacity.usable_bytes)
 
-    def needed(self, micro_batch_size: int, seq_len: int, device: Device) -> Range:
-        """Return the least device memory with which one micro-batch and length does not run out."""
+    def rough_verdict(
+        self, micro_batch_size: int, seq_len: int, device: Device, share: float
+    ) -> Verdict:
+        """Return the same without a replay, from what the allocator cannot give back elsewhere."""
         reading = self.read(micro_batch_size, seq_len, device.constants)
         work = Work(micro_batch_size * seq_len, seq_len)
-        return reading.needed(device.ranges(self.recipe), work)
+        needed = reading.needed(device.ranges(self.recipe), work, share)
+        return judge(needed, device.capacity.usable_bytes)
+
+    def share(self, micro_batch_size: int, seq_len: int, device: Device) -> float:
+        """Return what the allocator cannot give back, as a multiple of the allocated peak."""
+        reading = self.read(micro_batch_size, seq_len, device.constants)
+        pinned = self.blocks(micro_batch_size, seq_len, device).pinned
+        return max(1.0, pinned / reading.allocated)
+
+    def needed(
+        self,
+        micro_batch_size: int,
+        seq_len: int,
+        device: Device,
+        sample_lengths: tuple[int, ...] = (),
+    ) -> Range:
+        """Return the least device memory with which one micro-batch and length does not run out.
+
+        Where a replay runs out of this very device, that is more than the device has.
+
+        Args:
+            sample_lengths: of the samples, none where all batches are as long.
+        """
+        reading = self.read(micro_batch_size, seq_len, device.constants)
+        widths, work = device.ranges(self.recipe), Work(micro_batch_size * seq_len, seq_len)
+        replays = [self.blocks(micro_batch_size, seq_len, device)]
+        if sample_lengths:
+            replays += self.in_orders(micro_batch_size, seq_len, device, sample_lengths)
+        pinned = max(each.pinned for each in replays)
+        found = widths.of_needed(reading.allocated, pinned, work)
+        usable = device.capacity.usable_bytes
+        if usable is not None and not all(each.fits for each in replays):
+            found = Range(found.low, found.expected, max(found.high, usable + 1))
+        if self.eager is None:
+            return found
+        eager = self.eager.needed(micro_batch_size, seq_len, device, sample_lengths)
+        found = compiled_range(found, eager)
+        return Range(found.low, found.expected, found.high + reading.unpooled)
 
     def blocks(self, micro_batch_size: int, seq_len: int, device: Device) -> Blocks:
         """Replay the run through the caching allocator; the latest replays are kept."""
@@ -246,8 +294,15 @@ class Engine:
     def _replay(
         self, micro_batch_size: int, seq_len: int, workspace: int, capacity: int | None
     ) -> Blocks:
+        turn = self._turn(micro_batch_size, seq_len)
+        free = None
+        if capacity is not None:
+            free = self._replays(micro_batch_size, seq_len, workspace, None)
+        return blocks(self._recordings, turn, workspace, capacity, unbounded=free)
+
+    def _turn(self, micro_batch_size: int, seq_len: int) -> Turn:
         numbers = self.numbers(micro_batch_size, seq_len)
-        return blocks(self.run, self._regime_of(numbers), powers(*numbers), workspace, capacity)
+        return Turn(self._regime_of(numbers), powers(*numbers))
 
     def reserved(
         self,
@@ -264,12 +319,62 @@ class Engine:
             settings: of the allocator.
             earlier: lengths of the steps before.
         """
-        lengths = tuple(powers(*self.numbers(micro_batch_size, each)) for each in earlier)
-        numbers = self.numbers(micro_batch_size, seq_len)
-        regime, at = self._regime_of(numbers), powers(*numbers)
+        turns = tuple(self._turn(micro_batch_size, each) for each in earlier)
+        turn = self._turn(micro_batch_size, seq_len)
         workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
-        conditions = Conditions(settings, lengths)
-        return blocks(self.run, regime, at, workspace, capacity, conditions).reserved
+        conditions = Conditions(settings, turns)
+        return blocks(self._recordings, turn, workspace, capacity, conditions).reserved
+
+    def reserved_range(
+        self,
+        micro_batch_size: int,
+        seq_len: int,
+        device: Device,
+        sample_lengths: tuple[int, ...],
+    ) -> Range:
+        """Return what the allocator holds at most: the least, the middle and the most of orders.
+
+        Args:
+            sample_lengths: of the samples, none where all batches are as long.
+        """
+        if sample_lengths:
+            replays = self.in_orders(micro_batch_size, seq_len, device, sample_lengths)
+        else:
+            replays = (self.blocks(micro_batch_size, seq_len, device),)
+        held = sorted(each.reserved for each in replays)
+        return Range(held[0], held[len(held) // 2], held[-1])
+
+    def in_orders(
+        self,
+        micro_batch_size: int,
+        seq_len: int,
+        device: Device,
+        sample_lengths: tuple[int, ...],
+    ) -> tuple[Blocks, ...]:
+        """Replay some random orders of the samples; the latest replays are kept."""
+        workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
+        return self._orders(micro_batch_size, seq_len, workspace, capacity, sample_lengths)
+
+    def _replay_orders(
+        self,
+        micro_batch_size: int,
+        seq_len: int,
+        workspace: int,
+        capacity: int | None,
+        sample_lengths: tuple[int, ...],
+    ) -> tuple[Blocks, ...]:
+        free: tuple[Blocks | None, ...] = (None,) * lengths.ORDERS
+        if capacity is not None:
+            free = self._orders(micro_batch_size, seq_len, workspace, None, sample_lengths)
+        found = []
+        orders = lengths.orders(sample_lengths, micro_batch_size, seq_len)
+        for order, unbounded in zip(orders, free, strict=True):
+            *earlier, last = (self._turn(micro_batch_size, each) for each in order)
+            conditions = Conditions(earlier=tuple(earlier))
+            found.append(
+                blocks(self._recordings, last, workspace, capacity, conditions, unbounded=unbounded)
+            )
+        return tuple(found)
 
     def requests(self, micro_batch_size: int, seq_len: int, device: Device) -> Iterator[Request]:
         """Yield every request for memory until the end of the second step."""
@@ -323,6 +428,7 @@ _RECIPE: Final = tuple(
         "model",
         "micro_batch_size",
         "seq_len",
+        "sample_lengths",
         "hardware",
         "confidence",
         "optimizer",
@@ -403,7 +509,7 @@ def answer(
     numbers = engine.numbers(b, s)
     at = powers(*numbers)
     work, widths = Work(b * s, s), device.ranges(engine.recipe)
-    needed = engine.needed(b, s, device)
+    needed = engine.needed(b, s, device, request.sample_lengths)
     replayed = engine.blocks(b, s, device)
     highest = tuple(
         Highest(moment, replayed.rounding.get(moment.name, 0))
@@ -412,8 +518,11 @@ def answer(
     view = View(at, numbers, device.constants, engine.handles)
     peak = max(highest, key=view.allocated)
     allocated = widths.allocated.around(view.allocated(peak), work)
-    reserved = widths.of_reserved(max(replayed.reserved, allocated.expected), allocated, work)
+    held = engine.reserved_range(b, s, device, request.sample_lengths)
+    reserved = widths.of_reserved(held, allocated, work)
     reasons = (*widths.reasons(work), *assumptions(peak.moment), *loading_assumptions(engine.run))
+    if request.sample_lengths:
+        reasons = (lengths.reason(held.low, held.high), *reasons)
     eager = None
     if engine.eager is not None:
         eager = answer(_uncompiled(request), config, name, gpu).peak

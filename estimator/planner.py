@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from estimator.calibration import Work
 from estimator.catalog import Gpu, gpus
 from estimator.errors import EstimatorError
-from estimator.pipeline import Device, Engine, Reading, device_of, engine_for
+from estimator.pipeline import Device, Engine, device_of, engine_for
 from estimator.request import (
     MAX_MICRO_BATCH_SIZE,
     MAX_SEQ_LEN,
@@ -24,6 +23,11 @@ from estimator.techniques.methods.partial import Partial
 from estimator.verdict import judge
 
 SHOWN: Final = 3
+# Beside those shown, how many are looked at closely.
+SPARE: Final = 1
+# What the allocator cannot give back is no more than this, as a multiple of the allocated peak: the
+# most that was seen in replays is 1.27.
+MOST_SHARE: Final = 1.4
 _RANK: Final = {"none": 0, "slower": 1, "changes training": 2}
 
 
@@ -47,14 +51,42 @@ class Needs(Struct, frozen=True):
 def needs(question: Question, request: EstimateRequest) -> Needs | None:
     """Return what a request needs of the question's model and card, None where it is refused."""
     device = device_of(question.gpu, request)
+    b, s = request.micro_batch_size, request.seq_len
     try:
         engine = engine_for(request, question.config, question.name)
-        reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
+        reading = engine.read(b, s, device.constants)
     except EstimatorError:
         return None
-    work = Work(request.micro_batch_size * request.seq_len, request.seq_len)
-    needed = reading.needed(device.ranges(engine.recipe), work)
+    needed = engine.needed(b, s, device, request.sample_lengths)
     return Needs(needed.expected, reading.moment.name, judge(needed, device.capacity.usable_bytes))
+
+
+class _Rough(Struct, frozen=True):
+    """The allocated peak of a request [bytes], and whether that fits."""
+
+    allocated: int
+    verdict: Verdict
+
+
+def _rough(question: Question, request: EstimateRequest, share: float = 1.0) -> _Rough | None:
+    """Return what is known of a request without a replay, None where it is refused.
+
+    Args:
+        share: what the allocator cannot give back, as a multiple of the allocated peak.
+    """
+    device = device_of(question.gpu, request)
+    b, s = request.micro_batch_size, request.seq_len
+    try:
+        engine = engine_for(request, question.config, question.name)
+        reading = engine.read(b, s, device.constants)
+    except EstimatorError:
+        return None
+    return _Rough(reading.allocated, engine.rough_verdict(b, s, device, share))
+
+
+def is_answered(question: Question, request: EstimateRequest) -> bool:
+    """Say whether a request has an answer."""
+    return _rough(question, request) is not None
 
 
 def limits(question: Question) -> Limits:
@@ -62,27 +94,70 @@ def limits(question: Question) -> Limits:
     request = question.request
     engine = engine_for(request, question.config, question.name)
     device = device_of(question.gpu, request)
+    b, s = request.micro_batch_size, request.seq_len
     batch = length = None
     if device.capacity.usable_bytes is not None:
         longest = engine.run.spec.max_positions or MAX_SEQ_LEN
-        batch = _largest(
-            lambda b: engine.verdict(b, request.seq_len, device) == "fits", MAX_MICRO_BATCH_SIZE
+        share = engine.share(b, s, device)
+        batch = _largest_that_fits(
+            lambda n: _Size(engine, n, s, device), MAX_MICRO_BATCH_SIZE, share
         )
-        length = _largest(
-            lambda s: engine.verdict(request.micro_batch_size, s, device) == "fits", longest
-        )
+        length = _largest_that_fits(lambda n: _Size(engine, b, n, device), longest, share)
     return Limits(
         max_micro_batch_size=batch,
         max_seq_len=length,
-        smallest_gpu=_smallest_gpu(engine, request),
+        smallest_gpu=_smallest_gpu(engine, request, device),
         min_gpus=_min_gpus(engine, request, device),
     )
 
 
 def _min_gpus(engine: Engine, request: EstimateRequest, device: Device) -> int | None:
     """Return 1 where one card does; more cards hold copies, so they do not help here."""
-    verdict = engine.verdict(request.micro_batch_size, request.seq_len, device)
-    return 1 if verdict == "fits" else None
+    b, s = request.micro_batch_size, request.seq_len
+    needed = engine.needed(b, s, device, request.sample_lengths)
+    return 1 if judge(needed, device.capacity.usable_bytes) == "fits" else None
+
+
+class _Size(NamedTuple):
+    """A micro-batch and length of an engine on a device."""
+
+    engine: Engine
+    micro_batch_size: int
+    seq_len: int
+    device: Device
+
+    def fits(self) -> bool:
+        """Say whether it fits, after a replay."""
+        return self.engine.verdict(*self[1:]) == "fits"
+
+    def roughly_fits(self, share: float) -> bool:
+        """Say the same without one, as if so much could not be given back."""
+        return self.engine.rough_verdict(*self[1:], share) == "fits"
+
+    def share(self) -> float:
+        """Return what the allocator cannot give back, as a multiple of the allocated peak."""
+        return self.engine.share(*self[1:])
+
+
+def _largest_that_fits(size: Callable[[int], _Size], most: int, share: float) -> int:
+    """Return the largest number up to `most` of which a replay says that it fits.
+
+    Replays take long, so the edge is sought without them, with what the one at the last edge said;
+    it may move the edge either way, and in the end it may only move down.
+
+    Args:
+        share: what the allocator cannot give back, as a multiple of the allocated peak.
+    """
+
+    def edge(share: float, most: int) -> int:
+        return _largest(lambda n: size(n).roughly_fits(share), most) if most else 0
+
+    found = edge(share, most)
+    if found > 0:
+        found = max(found, edge(size(found).share(), most))
+    while found > 0 and not size(found).fits():
+        found = edge(size(found).share(), found - 1)
+    return found
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
@@ -102,22 +177,20 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _smallest_gpu(engine: Engine, request: EstimateRequest) -> str | None:
+def _smallest_gpu(engine: Engine, request: EstimateRequest, asked: Device) -> str | None:
     """Return the card with the least usable memory on which the request fits.
 
     Laptop cards are left out, and so are cards without the kernels that the request asks for.
     """
     b, s = request.micro_batch_size, request.seq_len
-    readings: dict[int, Reading] = {}
-    least = engine.least_bytes(b, s)
+    share, least = engine.share(b, s, asked), engine.least_bytes(b, s)
     for gpu in _candidates(request):
         if (gpu.usable_bytes or 0) < least:
             continue
         device = device_of(gpu, request)
-        workspace = device.constants.cublas_workspace
-        if workspace not in readings:
-            readings[workspace] = engine.read(b, s, device.constants)
-        needed = readings[workspace].needed(device.ranges(engine.recipe), Work(b * s, s))
+        if engine.rough_verdict(b, s, device, share) != "fits":
+            continue
+        needed = engine.needed(b, s, device, request.sample_lengths)
         if judge(needed, gpu.usable_bytes) == "fits":
             return gpu.key
     return None
@@ -158,23 +231,41 @@ class _Change(Struct, frozen=True):
 def suggestions(question: Question) -> tuple[Suggestion, ...]:
     """Return up to three changes that make the run fit cheapest, or else save most."""
     before = needs(question, question.request)
-    document = question.request.to_dict()
-    found = []
-    for change in _changes(question.request):
-        after = needs(question, convert_request({**document, **change.fields}))
-        if after is None or before is None or after.bytes >= before.bytes:
+    if before is None:
+        return ()
+    rank = _most_saved if before.verdict in ("fits", "unknown") else _cheapest_that_fits
+    first = sorted(_rough_suggestions(question), key=rank)[: SHOWN + SPARE]
+    return tuple(sorted((_checked(question, each) for each in first), key=rank)[:SHOWN])
+
+
+def _rough_suggestions(question: Question) -> Iterator[Suggestion]:
+    """Yield the changes that make the tensors less, with what is known without a replay."""
+    request = question.request
+    before = _rough(question, request)
+    if before is None:
+        return
+    document = request.to_dict()
+    for change in _changes(request):
+        after = _rough(question, convert_request({**document, **change.fields}))
+        if after is None or after.allocated >= before.allocated:
             continue
-        found.append(
-            Suggestion(
-                change=change.fields,
-                summary=change.summary,
-                saves_bytes=before.bytes - after.bytes,
-                cost=change.cost,
-                verdict_after=after.verdict,
-            )
+        yield Suggestion(
+            change=change.fields,
+            summary=change.summary,
+            saves_bytes=before.allocated - after.allocated,
+            cost=change.cost,
+            verdict_after=after.verdict,
         )
-    settled = before is not None and before.verdict in ("fits", "unknown")
-    return tuple(sorted(found, key=_most_saved if settled else _cheapest_that_fits)[:SHOWN])
+
+
+def _checked(question: Question, rough: Suggestion) -> Suggestion:
+    """Return a suggestion whose verdict a replay backs, where it could be another."""
+    changed = convert_request({**question.request.to_dict(), **rough.change})
+    sure = _rough(question, changed, MOST_SHARE)
+    if rough.verdict_after != "fits" or sure is None or sure.verdict == "fits":
+        return rough
+    after = needs(question, changed)
+    return rough if after is None else structs.replace(rough, verdict_after=after.verdict)
 
 
 def _most_saved(each: Suggestion) -> tuple[int, int, int]:

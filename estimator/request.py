@@ -62,6 +62,12 @@ from estimator.techniques.software import PROFILES
 MAX_REQUEST_BYTES: Final = 1024 * 1024
 MAX_MICRO_BATCH_SIZE: Final = 65_536
 MAX_SEQ_LEN: Final = 16_777_216
+MAX_SAMPLES: Final = 10_000
+
+# Of the training data, or of a part of it; their order does not count.
+SampleLengths = Annotated[
+    tuple[Annotated[int, Meta(ge=1, le=MAX_SEQ_LEN)], ...], Meta(max_length=MAX_SAMPLES)
+]
 
 
 class InlineModel(Section, frozen=True):
@@ -191,6 +197,7 @@ class EstimateRequest(Section, frozen=True):
     optimizer: Optimizer = Optimizer()
     micro_batch_size: Annotated[int, Meta(ge=1, le=MAX_MICRO_BATCH_SIZE)] = 1
     seq_len: Annotated[int, Meta(ge=1, le=MAX_SEQ_LEN)] = 2048
+    sample_lengths: SampleLengths = ()
     gradient_accumulation_steps: Count = 1
     padding: bool = False
     packing: bool = False
@@ -359,6 +366,9 @@ TRL_DEFAULTS: Final[dict[str, Any]] = {
 TRL_WITHOUT_HEAD: Final = ("1.3", "0.27", "0.22")
 TRL_PRECISION: Final[dict[str, Any]] = {"precision": "fp32", "autocast": "bf16"}
 
+# Frameworks whose collators pass a mask with a padded batch; None is the default one.
+MASKING: Final = (None, "transformers", "trl")
+
 # torchtune makes adapters of the weights' own type, and quantizes without PEFT's preparation.
 TORCHTUNE_DEFAULTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "method": ("lora", {"adapter_dtype": "base"}),
@@ -430,9 +440,14 @@ def expand_short_forms(value: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return what a framework fills in otherwise than we do, where the request says nothing."""
+    defaults: dict[str, Any] = {}
+    alone = given.get("micro_batch_size", 1) == 1
+    if given.get("sample_lengths") and framework in MASKING and not (alone or given.get("packing")):
+        # Samples of different lengths in one batch are padded.
+        defaults["padding"] = True
     if framework != "trl":
-        return {}
-    defaults = dict(TRL_DEFAULTS)
+        return defaults
+    defaults |= TRL_DEFAULTS
     if given["software"].get("version") in TRL_WITHOUT_HEAD:
         defaults["loss"] = "standard"
     if "precision" not in given and "autocast" not in given:
@@ -497,9 +512,26 @@ def convert_request(value: Any) -> EstimateRequest:
     expanded = expand_short_forms(value) if isinstance(value, dict) else value
     _refuse_unanswered(expanded)
     try:
-        return msgspec.convert(expanded, EstimateRequest)
+        request = msgspec.convert(expanded, EstimateRequest)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), expanded) from None
+    _check_sample_lengths(request)
+    return request
+
+
+def _check_sample_lengths(request: EstimateRequest) -> None:
+    """Refuse samples that never make a batch of `seq_len`, and packing, which knows no samples."""
+    longest = max(request.sample_lengths, default=request.seq_len)
+    detail = ""
+    if longest < request.seq_len:
+        detail = (
+            f"no sample is as long as seq_len {request.seq_len}; give seq_len {longest}, the "
+            "length of the longest, or less to cut it"
+        )
+    elif request.sample_lengths and request.packing:
+        detail = "packed batches are all of one length; leave out sample_lengths or packing"
+    if detail:
+        raise InvalidRequestError(f"sample_lengths: {detail}", (("/sample_lengths", detail),))
 
 
 def _refuse_unanswered(document: Any) -> None:

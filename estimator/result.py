@@ -151,7 +151,11 @@ class Limits(Struct, frozen=True):
 
 
 class Suggestion(Struct, frozen=True):
-    """A change of the request that saves memory, with its price and what the verdict becomes."""
+    """A change of the request that saves memory, with its price and what the verdict becomes.
+
+    Args:
+        saves_bytes: how much less the tensors take at the peak.
+    """
 
     change: dict[str, Any]
     summary: str

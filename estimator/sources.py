@@ -164,6 +164,11 @@ SOURCES: Final[dict[str, Source]] = {
         "PyTorch 2.13.0, CUDA caching allocator",
         f"{_TORCH}/c10/cuda/CUDACachingAllocator.cpp",
     ),
+    "latin-hypercube": Source(
+        "code",
+        "SciPy 1.14.1, reference of stats.qmc: what a Latin hypercube is",
+        "https://docs.scipy.org/doc/scipy-1.14.1/reference/generated/scipy.stats.qmc.LatinHypercube.html",
+    ),
     "torch-caching-allocator": Source(
         "code",
         "PyTorch at commit 001074d25084, CUDA caching allocator, as replayed block by block",

@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from estimator.optimizer import Optimizer
-from estimator.planner import Needs, Question, needs
+from estimator.planner import Needs, Question, is_answered, needs
 from estimator.request import EstimateRequest, Loop
 from estimator.result import WaterfallStep
 from estimator.techniques.methods.full import Full
@@ -26,8 +26,8 @@ Cost = Literal["none", "slower", "changes training"]
 
 # The work itself, and how it is asked for: the same from the first step to the last.
 WORKLOAD: Final = (
-    "model", "task", "micro_batch_size", "seq_len", "gradient_accumulation_steps", "padding",
-    "packing", "parallelism", "hardware", "software", "confidence", "waterfall",
+    "model", "task", "micro_batch_size", "seq_len", "sample_lengths", "gradient_accumulation_steps",
+    "padding", "packing", "parallelism", "hardware", "software", "confidence", "waterfall",
 )  # fmt: skip
 
 NAIVE: Final[dict[str, Any]] = {
@@ -99,7 +99,7 @@ def _next(question: Question, current: EstimateRequest, waiting: tuple[ChangeOf,
         raise AssertionError("a field of the request is neither in WORKLOAD nor in ORDER")
     for change_of, change in known:
         changed = _with(current, change)
-        if needs(question, changed) is not None:
+        if is_answered(question, changed):
             return _Next((change_of,), change, changed)
     used: tuple[ChangeOf, ...] = ()
     joined, changed = _NOTHING, current
@@ -109,7 +109,7 @@ def _next(question: Question, current: EstimateRequest, waiting: tuple[ChangeOf,
             continue
         used, joined = (*used, change_of), _joined(joined, further)
         changed = _with(changed, further)
-        if needs(question, changed) is not None:
+        if is_answered(question, changed):
             break
     return _Next(used, joined, changed)
 
@@ -126,7 +126,7 @@ def _start(question: Question) -> tuple[EstimateRequest, Needs]:
         # The same storage in other words.
         naive = replace(naive, precision=request.precision, autocast=request.autocast)
     for candidate in _starts(naive, request):
-        found = needs(question, candidate)
+        found = needs(question, candidate) if is_answered(question, candidate) else None
         if found is not None:
             return candidate, found
     raise AssertionError("the request was answered before its waterfall was asked for")

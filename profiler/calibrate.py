@@ -24,7 +24,7 @@ from typing import Final, get_args
 
 from msgspec import structs
 
-from estimator.calibration import using
+from estimator.calibration import UNMEASURED, using
 from estimator.calibration_file import (
     SCHEMA,
     Calibration,
@@ -371,12 +371,31 @@ def _stratum(quantity: Quantity, kind: Kind | None, rows: Sequence[Residual]) ->
         rows=len(rows),
         groups=dict(sorted(Counter(each.group for each in rows).items())),
         supported=_rounded(len(rows) / (len(rows) + 1)),
-        levels=tuple((level, _rounded(spread(rows, level))) for level in LEVELS),
+        levels=tuple(
+            (level, _rounded(max(spread(rows, level), _least(quantity, level, rows))))
+            for level in LEVELS
+        ),
         parameters=(min(parameters), max(parameters)),
         tokens=max(each.tokens for each in rows),
         seq_len=max(each.seq_len for each in rows),
         choices={field: tuple(sorted(values)) for field, values in choices.items()},
     )
+
+
+LEAST_SOURCES: Final = 5
+LEAST_READINGS: Final = 60
+HIGH_CONFIDENCE: Final = 0.95
+
+
+def _least(quantity: Quantity, level: float, rows: Sequence[Residual]) -> float:
+    """Return the spread that a level has at least.
+
+    What the allocator holds depends on the history of a run, and a source repeats one. As long as
+    there are few sources and few readings, no more is promised than of a quantity without any.
+    """
+    few = len(rows) < LEAST_READINGS and len({each.group for each in rows}) < LEAST_SOURCES
+    held = quantity in ("reserved", "device-used")
+    return UNMEASURED if few and held and level >= HIGH_CONFIDENCE else 0.0
 
 
 def _rounded(value: float) -> float:

@@ -37,9 +37,17 @@ _NOT_MODELLED: Final = (
     "cuDNN attention, which newer torch prefers on Hopper and Blackwell: traced as flash attention",
 )
 _NO_WATERFALL: Final = "the dry run answers one recipe; ask the analytic engine for the waterfall"
+_ONE_LENGTH: Final = (
+    "the dry run has batches of seq_len only; what sample_lengths change is left out of it"
+)
 _ASSUMPTIONS: Final = (
     "every token id of a batch is different as far as the embedding's backward is concerned",
 )
+
+
+def _left_out(request: EstimateRequest) -> tuple[str, ...]:
+    told = ((request.waterfall, _NO_WATERFALL), (bool(request.sample_lengths), _ONE_LENGTH))
+    return tuple(text for asked, text in told if asked)
 
 
 def result(request: EstimateRequest, run: DryRun) -> Result:
@@ -49,9 +57,10 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
     work = Work(request.micro_batch_size * request.seq_len, request.seq_len)
     widths = device.ranges(traits(request, run.parameters.total))
     allocated = widths.allocated.around(reading.peak.allocated_bytes, work)
-    reserved = widths.of_reserved(reading.reserved_bytes, allocated, work)
+    held = Range(reading.reserved_bytes, reading.reserved_bytes, reading.reserved_bytes)
+    reserved = widths.of_reserved(held, allocated, work)
     used = widths.of_device_used(reserved, run.managed_bytes, work)
-    needed = widths.of_needed(_fresh_blocks(run.trace, reading), work)
+    needed = widths.of_needed(_fresh_blocks(run.trace, reading), reading.pinned_bytes, work)
     verdict = judge(needed, device.capacity.usable_bytes)
     peak = Peak(
         moment=reading.peak.phase,
@@ -79,7 +88,7 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
         outside=outside(allocated, reserved, device.constants, run.managed_bytes),
         promises=widths.promises(work),
         assumptions=(*widths.reasons(work), *_ASSUMPTIONS),
-        notes=(*run.notes, *((_NO_WATERFALL,) if request.waterfall else ())),
+        notes=(*run.notes, *_left_out(request)),
         not_modelled=_NOT_MODELLED,
         versions=versions(),
     )

@@ -145,7 +145,6 @@ _LOOPS: Final = _settings(
         "neftune": {"loop": {"neftune_noise_alpha": 5.0}},
         "label smoothing": {"loop": {"label_smoothing_factor": 0.1}},
         "few logits": {"loop": {"logits_to_keep": 64}},
-        "loss of one's own": {"loop": {"own_loss": True}},
     }
 )
 _SHAPES: Final = {

@@ -131,10 +131,12 @@ class Reading:
     Args:
         points: the highest point of each phase of the steady step, in the order of the phases.
         reserved_bytes: the most that the allocator held over both steps [bytes].
+        pinned_bytes: the most of it in segments with something in them, which stay [bytes].
     """
 
     points: tuple[Point, ...]
     reserved_bytes: int
+    pinned_bytes: int
 
     @property
     def peak(self) -> Point:
@@ -171,7 +173,8 @@ def read(trace: Trace, settings: AllocatorSettings = DEFAULT_SETTINGS) -> Readin
         if known is None or allocated > known.allocated_bytes:
             best[event.phase] = Point(event.phase, index, live, live_blocks, allocated)
     points = tuple(best[phase] for phase in (*STEP_PHASES, *HESSIAN_PHASES) if phase in best)
-    return Reading(points, allocator.stats.peak_reserved_bytes)
+    stats = allocator.stats
+    return Reading(points, stats.peak_reserved_bytes, stats.peak_pinned_bytes)
 
 
 def live_storages(trace: Trace, event: int) -> list[Storage]:

@@ -174,7 +174,7 @@ def write(document: Mapping[str, Any]) -> str:
         (control.name, text)
         for pointer, value in _leaves(_with_alias(expand_short_forms(dict(document))), "")
         if (control := controls().get(pointer)) is not None
-        and (text := _text(value)) != control.default
+        and (text := _text(value, pointer)) != control.default
     ]
     return urlencode(pairs)
 
@@ -304,9 +304,11 @@ def _merged(document: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str,
     return out
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, pointer: str = "") -> str:
     if value is None:
         return "none"
+    if pointer.endswith("_bytes") and value:
+        return f"{value}B"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):

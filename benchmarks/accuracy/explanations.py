@@ -16,8 +16,9 @@ from msgspec.structs import replace
 from benchmarks.accuracy.comparison import Comparison
 from benchmarks.accuracy.meters import readings
 from estimator.catalog import Access
-from estimator.pipeline import answer, engine_for
-from estimator.service import model_config
+from estimator.memory.lengths import ORDERS
+from estimator.pipeline import answer, device_of, engine_for
+from estimator.service import model_config, requested_gpu
 from estimator.units import gib
 
 NOTHING: Final = "nothing explains it yet"
@@ -113,38 +114,22 @@ _TORCHTUNE: Final = ("torchtune-docs-tutorials", "torchtune-readme-llama2-2024")
 LONGEST: Final = 4096
 
 
-def _shorter_batches(comparison: Comparison) -> str | None:
-    """The longest sample of the data set is an upper bound for the batches that were run."""
+def _orders_of_lengths(comparison: Comparison) -> str | None:
+    """Every batch has a length of its own, and their order decides what the allocator holds."""
     row, request = comparison.run.row, comparison.run.request
-    if row.source_group not in _TORCHTUNE or row.seq_len is not None:
-        return None
-    if comparison.estimated.expected <= comparison.measured:
+    if row.source_group not in _TORCHTUNE or not request.sample_lengths:
         return None
     model = model_config(request, Access.CATALOGUE)
-
-    def reserved(length: int) -> int:
-        shorter = answer(replace(request, seq_len=length), model.config, model.id, None)
-        return shorter.peak.reserved_bytes.expected
-
-    lengths = range(1, request.seq_len)
-    length = lengths[bisect_right(lengths, comparison.measured, key=reserved) - 1]
+    engine = engine_for(request, model.config, model.id)
+    device = device_of(requested_gpu(request), request)
+    b, s = request.micro_batch_size, request.seq_len
+    held = engine.reserved_range(b, s, device, request.sample_lengths)
+    same = engine.blocks(b, s, device).reserved
+    place = "within" if held.low <= comparison.measured <= held.high else "outside of"
     return (
-        f"{request.seq_len} tokens, the longest sample, are an upper bound: a batch is padded to "
-        f"its own longest, and at {length} tokens the estimate is the reading"
-    )
-
-
-def _blocks_of_other_lengths(comparison: Comparison) -> str | None:
-    """Every batch has a length of its own, and the meter reads what the allocator holds."""
-    row, peak = comparison.run.row, comparison.run.result.peak
-    if row.source_group not in _TORCHTUNE or row.seq_len is not None:
-        return None
-    tensors = peak.allocated_bytes.expected
-    return (
-        f"blocks kept from batches of other lengths would look like this: the reading is "
-        f"{comparison.measured / tensors - 1:.0%} above what is allocated at the longest, the "
-        f"estimate takes {peak.reserved_bytes.expected / tensors - 1:.0%}. The tutorial reads "
-        "15.57 GB for the same configuration"
+        f"the order in which batches of different lengths came decides, and is not known: {ORDERS} "
+        f"random orders hold {gib(held.low)} to {gib(held.high)}, batches of {s} tokens alone "
+        f"{gib(same)}; the reading lies {place} that"
     )
 
 
@@ -161,7 +146,8 @@ def _unstated_batch(comparison: Comparison) -> str | None:
 
     def tokens(rows: int, checkpointing: str) -> int:
         """Return at how many tokens of a batch the estimate is the reading."""
-        other = replace(request, micro_batch_size=rows, activation_checkpointing=checkpointing)
+        alike = replace(request, sample_lengths=())
+        other = replace(alike, micro_batch_size=rows, activation_checkpointing=checkpointing)
 
         def allocated(length: int) -> int:
             longer = answer(replace(other, seq_len=length), model.config, model.id, None)
@@ -194,7 +180,6 @@ EXPLANATIONS: Final[tuple[Callable[[Comparison], str | None], ...]] = (
     _unknown_card,
     _cache,
     _full_card,
-    _shorter_batches,
-    _blocks_of_other_lengths,
     _unstated_batch,
+    _orders_of_lengths,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +63,17 @@ def measured() -> tuple[Row, ...]:
 def out_of_memory() -> tuple[Row, ...]:
     """Return every run that was published as not fitting."""
     return _read(PUBLISHED / "out_of_memory.jsonl")
+
+
+@cache
+def sample_lengths(dataset: str) -> tuple[int, ...]:
+    """Return the lengths of samples of a data set that published runs trained on [tokens].
+
+    Args:
+        dataset: its name on the Hugging Face Hub.
+    """
+    document = json.loads((PUBLISHED / "sample_lengths.json").read_text(encoding="utf-8"))
+    return tuple(document["datasets"][dataset]["lengths"])
 
 
 def _read(path: Path) -> tuple[Row, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from benchmarks.accuracy.meters import meter_of
-from benchmarks.accuracy.published import Row
+from benchmarks.accuracy.published import Row, sample_lengths
 
 
 class InexpressibleError(Exception):
@@ -125,11 +125,6 @@ REFUSALS: Final[tuple[Refusal, ...]] = (
 
 # -- rules by source ---------------------------------------------------------------------------
 
-# The longest sample of Alpaca with Llama 2's tokenizer, as the tables of litgpt-resource-tables
-# print it; lengths.ipynb of alpaca-lora at 1310547 draws those of the original data up to the same,
-# read off its axis to 3 tokens. A batch of torchtune is padded to its own longest sample, and no
-# source says how many batches were run, so the length is an upper bound.
-ALPACA_LONGEST: Final = 1304
 # torchtune cut Alpaca's samples to 512 tokens from commit 73647e26e (30 March 2024, #620: the
 # default of `max_seq_len` in datasets/_alpaca.py) until the tokenizer took the length over; the
 # tables of March are older, torchao's of September younger.
@@ -159,8 +154,22 @@ def _length(row: Row) -> int | None:
 
 
 def longest_of_alpaca(row: Row) -> int:
-    """Return the longest batch that a row's source makes of Alpaca [tokens]."""
-    return ALPACA_CUT if row.id.startswith(CUT_ROWS) else ALPACA_LONGEST
+    """Return the longest batch that a row's source makes of Alpaca [tokens].
+
+    No source says how many batches were run; the longest of the samples that are known counts.
+    """
+    longest = max(alpaca_lengths(row))
+    return min(longest, ALPACA_CUT) if row.id.startswith(CUT_ROWS) else longest
+
+
+def alpaca_lengths(row: Row) -> tuple[int, ...]:
+    """Return the lengths of samples of the Alpaca that a row's recipe trains on [tokens].
+
+    The configurations for adapters name the cleaned one (`use_clean`, `alpaca_cleaned_dataset`),
+    those for full training the first one (`alpaca_dataset`): recipes/configs/llama2 at 5cbc1967b,
+    fef3ed10d and, in torchao's table, 52d1b838.
+    """
+    return sample_lengths("tatsu-lab/alpaca" if row.method == "full" else "yahma/alpaca-cleaned")
 
 
 def _common(row: Row) -> dict[str, Any]:
@@ -381,6 +390,9 @@ def _torchtune(row: Row) -> dict[str, Any]:
         "activation_checkpointing": CHECKPOINTING[row.activation_checkpointing or "none"],
         "software": {"framework": "torchtune", "version": "0.3" if chunked else "0.1"},
     }
+    if row.seq_len is None:
+        # A batch is padded to its own longest sample, and no mask is passed.
+        document["sample_lengths"] = alpaca_lengths(row)
     if not row.id.startswith("tt2403"):
         document["gradient_accumulation_steps"] = TORCHTUNE_ACCUMULATION[row.method]
     if row.method != "full":

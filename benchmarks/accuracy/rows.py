@@ -18,23 +18,22 @@ from estimator.units import GiB, gib
 TOLERANCE: Final = 0.05
 WORTH_TELLING: Final = 0.01
 
-_LOW_BY_A_CONSTANT: Final = (
-    "All LoRA rows of March and April 2024 are low by 0.81 to 0.96 GiB. Batches have lengths of\n"
-    "their own, and the allocator keeps blocks of every size: a replay of 100 batches with\n"
-    "lengths that are assumed grows by 0.6 to 0.9 GiB for LoRA and by less than 0.1 for full\n"
-    "training. The real lengths are not known here, so that nothing is added.\n"
+_ORDERS: Final = (
+    "Batches have lengths of their own, and each that is longer than all before makes the\n"
+    "allocator hold more, so that the order counts. The lengths are those of a part of the data\n"
+    "(data/published/sample_lengths.json), the order is drawn; which one was run is not known.\n"
 )
 
 # What is known about a whole source.
 REMARKS: Final = {
     "torchtune-docs-tutorials": (
         "torchtune cut Alpaca's samples to 512 tokens from 30 March 2024 on (#620), which is the\n"
-        f"longest batch of an epoch. {_LOW_BY_A_CONSTANT}"
+        f"longest batch of an epoch. {_ORDERS}"
     ),
     "torchtune-readme-llama2-2024": (
-        "Rows of March have the longest sample of Alpaca for a length, an upper bound: a batch is\n"
-        "padded to its own longest, and how many were run is not stated. From 30 March on samples\n"
-        f"are cut to 512 tokens (#620); the rows of May name theirs. {_LOW_BY_A_CONSTANT}"
+        "How many batches were run is not stated; the longest sample that is known is taken for\n"
+        "the longest batch. From 30 March 2024 on samples are cut to 512 tokens (#620); the rows\n"
+        f"of May name theirs. {_ORDERS}"
     ),
     "torchao-docs": (
         "One epoch of Alpaca with torchtune of September 2024. The table names neither the batch\n"

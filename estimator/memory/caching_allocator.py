@@ -217,6 +217,9 @@ class Stats(Struct, frozen=True):
     """The counters of `torch.cuda.memory_stats()` that speak of bytes, now and at their peaks.
 
     `num_segments` counts cudaMalloc'd segments, as upstream does: an expandable one is not counted.
+    `peak_pinned_bytes` is ours: segments with a block in use, which no lack of memory frees. It is
+    the least capacity with which the same requests would have been served, but for what a release
+    on the way would have placed elsewhere. Of expandable segments all counts.
     """
 
     allocated_bytes: int
@@ -227,6 +230,7 @@ class Stats(Struct, frozen=True):
     peak_reserved_bytes: int
     peak_requested_bytes: int
     peak_active_bytes: int
+    peak_pinned_bytes: int
     num_segments: int
     num_alloc_retries: int
 
@@ -417,6 +421,8 @@ class CachingAllocator:
         self._next_address = FIRST_ADDRESS
         self.allocated_bytes = self.requested_bytes = 0
         self._reserved = self._waiting = 0
+        # Of what is reserved, segments in which nothing is in use.
+        self._idle = 0
         self._peak_requested = self._peak_allocated = self._peak_active = 0
         self._num_segments = self._num_alloc_retries = 0
         self.reset_peaks()
@@ -491,6 +497,8 @@ class CachingAllocator:
                 self._waiting += block.size
         if before is None:
             raise ValueError(f"segment at {segment.address} has no blocks")
+        if before.state == "inactive" and before.previous is None and pages is None:
+            self._idle += before.size
         self._reserved += segment.size_bytes
         end = round_up(segment.address + segment.size_bytes, LARGE_ROUNDING_BYTES)
         self._next_address = max(self._next_address, end)
@@ -612,6 +620,7 @@ class CachingAllocator:
         self._peak_reserved = self._reserved
         self._peak_requested = self.requested_bytes
         self._peak_active = self.allocated_bytes + self._waiting
+        self._peak_pinned = self._reserved - self._idle
 
     @property
     def stats(self) -> Stats:
@@ -625,6 +634,7 @@ class CachingAllocator:
             peak_reserved_bytes=self._peak_reserved,
             peak_requested_bytes=self._peak_requested,
             peak_active_bytes=max(self._peak_active, self._peak_allocated),
+            peak_pinned_bytes=self._peak_pinned,
             num_segments=self._num_segments,
             num_alloc_retries=self._num_alloc_retries,
         )
@@ -654,6 +664,8 @@ class CachingAllocator:
         self._reserved += size if taken else -size
         if self._reserved > self._peak_reserved:
             self._peak_reserved = self._reserved
+        if taken:
+            self._see_pinned()
         self._segment_events.append(SegmentEvent(kind, address, size, stream))
 
     def _drop(self, key: Hashable) -> _Block | None:
@@ -683,6 +695,8 @@ class CachingAllocator:
         pool = block.pool
         pool.absorb(block)
         insort(pool.free, (block.size, block.address, block))
+        if block.previous is None and block.next is None and block.expandable is None:
+            self._idle += block.size
 
     def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
         """Take the smallest free block that holds `size` out of the pool, if one may serve.
@@ -705,7 +719,15 @@ class CachingAllocator:
         elif block.size >= size + self.settings.max_non_split_rounding_bytes:
             return None
         del free[at]
+        if block.previous is None and block.next is None and block.expandable is None:
+            self._idle -= block.size
+            self._see_pinned()
         return block
+
+    def _see_pinned(self) -> None:
+        pinned = self._reserved - self._idle
+        if pinned > self._peak_pinned:
+            self._peak_pinned = pinned
 
     def _best_expandable(self, free: list[tuple[int, int, _Block]], at: int) -> int:
         """Return the place of the block to use when the best fit lies in an expandable segment.
@@ -896,6 +918,7 @@ class CachingAllocator:
 
     def _release_segment(self, block: _Block) -> None:
         block.pool.remove(block)
+        self._idle -= block.size
         self._num_segments -= 1
         self._count_reserved("segment_free", block.address, block.size, block.pool.stream)
 

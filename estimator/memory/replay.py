@@ -8,9 +8,9 @@ step after it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from estimator.eager.size import Polynomial, asked_bytes
 from estimator.eager.tensor import Regime
@@ -43,36 +43,49 @@ class Blocks(Struct, frozen=True):
     Args:
         rounding: for each moment, blocks handed out less bytes asked for, at its highest point.
         reserved: the most that the allocator held in segments.
+        pinned: the most that it held in segments with something in them; these it cannot give
+            back, so that with less memory the run dies.
+        fits: whether the card has room for it.
         requested: the most that was asked for at one time, whatever the blocks.
     """
 
     rounding: dict[str, int]
     reserved: int
     requested: int
+    pinned: int
+    fits: bool = True
+
+
+class Turn(NamedTuple):
+    """One step of the history: its regime, and powers of its micro-batch and length."""
+
+    regime: Regime
+    at: Polynomial
 
 
 class Conditions(Struct, frozen=True):
-    """What decides about blocks and is not in the request.
+    """What decides about blocks beside the run itself.
 
     Args:
         settings: of the allocator.
-        earlier: powers of the micro-batch and length of the steps before the one in question.
+        earlier: the steps before the one in question.
     """
 
     settings: AllocatorSettings = DEFAULT_SETTINGS
-    earlier: tuple[Polynomial, ...] = ()
+    earlier: tuple[Turn, ...] = ()
 
 
 NORMAL: Final = Conditions()
 
 
 def blocks(
-    run: Run,
-    regime: Regime,
-    at: Polynomial,
+    recordings: Recordings,
+    turn: Turn,
     workspace: int,
     capacity: int | None,
     conditions: Conditions = NORMAL,
+    *,
+    unbounded: Blocks | None = None,
 ) -> Blocks:
     """Replay a run at one micro-batch and length.
 
@@ -80,30 +93,68 @@ def blocks(
     decides too. A run that does not fit the card is replayed as if it had room.
 
     Args:
-        at: powers of the micro-batch and length.
         workspace: bytes of one cuBLAS workspace.
         capacity: what the card leaves to the allocator [bytes], None without a card.
-        conditions: what is not in the request.
+        conditions: what decides beside the run itself.
+        unbounded: what the same replay found without a card, if that is known.
     """
-    recording = record(run, regime)
-    second = hessian_pass(run)
-    passes = (recording, *([record(second, regime)] if second is not None else []))
-    first = _first_pass(run, regime) or recording
+    return _blocks(recordings, turn, _Card(workspace, capacity), conditions, unbounded)
 
-    def replayed(room: int | None) -> Blocks:
-        return _replayed(run, first, passes, _Replayer(recording, at, workspace, room, conditions))
 
+class _Card(NamedTuple):
+    """What the device decides [bytes]."""
+
+    workspace: int
+    capacity: int | None
+
+
+class Recordings:
+    """The passes of a run's steps by their regime; each is recorded once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._first: dict[Regime, tuple[Recording, ...]] = {}
+        self._steady: dict[Regime, tuple[Recording, ...]] = {}
+
+    def steady(self, regime: Regime) -> tuple[Recording, ...]:
+        """Return the passes of any step but the first."""
+        if regime not in self._steady:
+            second = hessian_pass(self.run)
+            more = () if second is None else (record(second, regime),)
+            self._steady[regime] = (record(self.run, regime), *more)
+        return self._steady[regime]
+
+    def first(self, regime: Regime) -> tuple[Recording, ...]:
+        """Return the passes of the first step, where some gradients are not there yet."""
+        if regime not in self._first:
+            one, *more = self.steady(regime)
+            self._first[regime] = (_first_pass(self.run, regime) or one, *more)
+        return self._first[regime]
+
+
+def _blocks(
+    recordings: Recordings,
+    turn: Turn,
+    card: _Card,
+    conditions: Conditions,
+    free: Blocks | None,
+) -> Blocks:
+    unbounded = card._replace(capacity=None)
     # A card changes nothing that is never filled; one with less than the tensors never is enough.
     # Room for addresses, which expandable segments have, depends on the card in any case.
-    free = None
     if not conditions.settings.expandable_segments:
-        free = replayed(None)
-        if capacity is None or not free.requested <= capacity < free.reserved:
+        free = free or _replayed(recordings, turn, unbounded, conditions)
+        if card.capacity is None or card.capacity >= free.reserved:
             return free
+        if card.capacity < free.requested:
+            return structs.replace(free, fits=False)
     try:
-        return replayed(capacity)
+        tight = _replayed(recordings, turn, card, conditions)
     except OutOfMemory:
-        return free or replayed(None)
+        free = free or _replayed(recordings, turn, unbounded, conditions)
+        return structs.replace(free, fits=False)
+    # What cannot be given back is asked of a run that gave nothing back.
+    return tight if free is None else structs.replace(tight, pinned=free.pinned)
 
 
 def _first_pass(run: Run, regime: Regime) -> Recording | None:
@@ -122,22 +173,22 @@ def _first_pass(run: Run, regime: Regime) -> Recording | None:
     return Recording(found.kinds, found.sites, log, found.kept)
 
 
-def _replayed(
-    run: Run, first: Recording, passes: tuple[Recording, ...], replayer: _Replayer
-) -> Blocks:
+def _replayed(recordings: Recordings, turn: Turn, card: _Card, conditions: Conditions) -> Blocks:
+    run = recordings.run
+    # A step that comes after another is a steady one.
+    turns = (*(conditions.earlier or (turn,)), turn)
+    replayer = _Replayer(card, conditions.settings)
     replayer.load(loading(run))
     replayer.add(size for _, size in added(run))
     kept = tuple(size for _, size in first_states(run))
     temporaries = step_temporaries(run)
     clipping = clipping_temporaries(run)
-    turns = (*replayer.conditions.earlier, replayer.at, replayer.at)
-    for number, at in enumerate(turns):
-        replayer.at = at
+    for number, (regime, at) in enumerate(turns):
         replayer.highest.clear()
         states = () if number else kept
-        these = passes if number else (first, *passes[1:])
-        for recording, prefix in zip(these, ("", HESSIAN), strict=False):
-            replayer.of(recording, prefix)
+        passes = recordings.steady(regime) if number else recordings.first(regime)
+        for recording, prefix in zip(passes, ("", HESSIAN), strict=False):
+            replayer.of(recording, prefix, at)
             replayer.step()
             replayer.pass_through("gradient clipping", clipping)
             replayer.update(*((), ()) if prefix else (states, temporaries))
@@ -164,28 +215,22 @@ class _Replayer:
     Tensors of the step are known to the allocator by their number, all else by what it is.
     """
 
-    def __init__(
-        self,
-        recording: Recording,
-        at: Polynomial,
-        workspace: int,
-        capacity: int | None,
-        conditions: Conditions,
-    ) -> None:
-        self.at = at
-        self.conditions = conditions
-        self.of(recording, "")
-        self.workspace = workspace
-        self.allocator = CachingAllocator(capacity, conditions.settings)
+    recording: Recording
+    prefix: str
+    sizes: list[int]
+
+    def __init__(self, card: _Card, settings: AllocatorSettings) -> None:
+        self.workspace = card.workspace
+        self.allocator = CachingAllocator(card.capacity, settings)
         self.warm: set[str] = set()
         self.highest: dict[str, tuple[int, int]] = {}
         self.loading = (0, 0)
 
-    def of(self, recording: Recording, prefix: str) -> None:
-        """Go over to another pass of the step, whose moments have names that begin with a word."""
+    def of(self, recording: Recording, prefix: str, at: Polynomial) -> None:
+        """Go over to another pass of a step, whose moments have names that begin with a word."""
         self.recording, self.prefix = recording, prefix
         kinds = recording.kinds
-        self.sizes = [asked_bytes(each.shape, each.dtype.width, self.at) for each in kinds]
+        self.sizes = [asked_bytes(each.shape, each.dtype.width, at) for each in kinds]
 
     def load(self, events: Iterable[Event]) -> None:
         """Make the model."""
@@ -246,7 +291,12 @@ class _Replayer:
         highest = {LOADING: self.loading, **self.highest}
         rounding = {name: handed - asked for name, (handed, asked) in highest.items()}
         stats = self.allocator.stats
-        return Blocks(rounding, stats.peak_reserved_bytes, stats.peak_requested_bytes)
+        return Blocks(
+            rounding=rounding,
+            reserved=stats.peak_reserved_bytes,
+            requested=stats.peak_requested_bytes,
+            pinned=stats.peak_pinned_bytes,
+        )
 
     def _warm(self, phase: str) -> None:
         """Give a thread its cuBLAS workspace when it first multiplies."""

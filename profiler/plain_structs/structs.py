@@ -56,6 +56,7 @@ class StructConfig(NamedTuple):
     dict: bool = False
     tag_field: str | None = None
     tag: str | None = None
+    cache_hash: bool = False  # changes no value
 
 
 class FieldInfo(NamedTuple):

@@ -47,7 +47,8 @@ FROZEN_FLAGS = """
 --optimizer-amsgrad --optimizer-nesterov --optimizer-centered --optimizer-beta1
 --optimizer-rank --optimizer-scale-type --optimizer-max-precondition-dim
 --optimizer-bf16-stochastic-round --optimizer-offload-gradients --optimizer-minimal-size
---micro-batch-size --seq-len --gradient-accumulation-steps --padding --own-loss --packing
+--micro-batch-size --seq-len --sample-lengths --gradient-accumulation-steps
+--padding --own-loss --packing
 --activation-checkpointing --attention --loss --kernels
 --keep-outputs --use-cache --set-to-none --neftune-noise-alpha
 --label-smoothing-factor --max-grad-norm --ema --logits-to-keep --framework --framework-version

@@ -143,7 +143,9 @@ def _value_typed_for(option: click.Option) -> Any:
     kind = getattr(option.type, "inner", option.type)
     if isinstance(kind, click.Choice):
         return kind.choices[-1]
-    text = {"float": "0.5", "json": '{"q_proj": 8}', "size": "1GiB"}.get(kind.name, "1")
+    # The longest of some samples is as long as `seq_len` is by default.
+    typed = {"float": "0.5", "json": '{"q_proj": 8}', "size": "1GiB", "numbers": "2048"}
+    text = typed.get(kind.name, "1")
     return kind.convert(text, option, click.Context(click.Command("test")))
 
 

@@ -18,12 +18,15 @@ PARTIAL: dict[str, Any] = {
 }
 
 
-def test_freezing_what_the_optimizer_leaves_out_is_the_first_proposal():
+def test_freezing_what_the_optimizer_leaves_out_is_proposed():
     """It costs nothing, and saves at least the bf16 gradients that nobody clears."""
-    first = estimate(PARTIAL).suggestions[0]
-    assert first.change["method"]["freeze_others"] is True
-    assert (first.cost, first.verdict_after) == ("none", "fits")
-    assert first.saves_bytes > 2 * LEFT_OUT
+    (freezing,) = (
+        each
+        for each in estimate(PARTIAL).suggestions
+        if each.change.get("method", {}).get("freeze_others")
+    )
+    assert freezing.cost == "none"
+    assert freezing.saves_bytes > 2 * LEFT_OUT
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,7 @@ def test_a_proposal_saves_what_it_says_and_gets_the_verdict_it_says(recipe):
     assert before.suggestions
     for each in before.suggestions:
         after = estimate({**recipe, **each.change})
-        saved = before.peak.needed_bytes.expected - after.peak.needed_bytes.expected
-        assert saved == each.saves_bytes
+        saved = before.peak.allocated_bytes.expected - after.peak.allocated_bytes.expected
+        # Of the tensors alone, without a replay: blocks differ by a few segments.
+        assert each.saves_bytes == pytest.approx(saved, rel=0.01)
         assert after.verdict == each.verdict_after

@@ -75,11 +75,12 @@ def test_every_step_is_what_a_request_with_these_changes_needs(name):
 def test_the_naive_start_of_a_7b_model_needs_16_bytes_for_each_parameter():
     """7 x 4 x 4 = 112 GB for a 7B model, as tatsu-lab/stanford_alpaca#322 derives it.
 
-    Beside them: a foreach copy of the weights, activations, and the context of the device.
+    Beside them: a foreach copy of the weights, activations, the context of the device, and a tenth
+    that the allocator cannot give back.
     """
     start = _steps("nothing but a model")[1][0]
     states = 16 * 6_738_415_616
-    assert states < start.needed_bytes < states * 20 / 16 + 8 * 2**30
+    assert states < start.needed_bytes < 1.1 * states * 20 / 16 + 8 * 2**30
 
 
 def test_techniques_come_in_the_order_in_which_one_would_try_them():
@@ -103,7 +104,8 @@ def test_what_a_technique_is_worth_is_what_the_run_needs_without_it():
     without = {**REQUESTS["qlora"], "activation_checkpointing": "none"}
     more = estimate(without).peak.needed_bytes.expected - result.peak.needed_bytes.expected
     checkpointing = next(each for each in steps if "checkpointing" in each.summary)
-    assert checkpointing.saves_bytes == 0
+    # The peak is the optimizer's step; what cannot be given back differs by a segment or two.
+    assert abs(checkpointing.saves_bytes) < 32 * 2**20
     assert checkpointing.worth_bytes == more > 10 * 2**30
 
 

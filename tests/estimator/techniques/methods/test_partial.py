@@ -124,7 +124,6 @@ def test_only_the_optimizer_tells_weights_apart_that_are_not_frozen():
         ({"optimizer": "lomo"}, "optimizer 'lomo'"),
         ({"precision": "megatron_bf16"}, "precision 'megatron_bf16'"),
         ({"software": {"framework": "trl"}, "loss": "chunked"}, "software 'trl'"),
-        ({"kernels": ["compile"]}, "methods other than full"),
     ],
 )
 def test_what_would_take_or_clear_every_gradient_is_refused_by_name(beside, said):
