@@ -78,15 +78,24 @@ class Ledger(Struct, frozen=True, dict=True):
         return Ledger(tuple(left))
 
     @cached_property
+    def growing(self) -> tuple[Entry, ...]:
+        """The entries whose sizes depend on the batch."""
+        return tuple(each for each in self.entries if each.row.size[1])
+
+    @cached_property
+    def _constant(self) -> tuple[Entry, ...]:
+        return tuple(each for each in self.entries if not each.row.size[1])
+
+    @cached_property
     def constant_charge(self) -> int:
-        """Bytes of the blocks of a ledger whose sizes do not depend on the batch."""
-        return sum(charge(each.row.size[0]) * each.count for each in self.entries)
+        """Bytes of the blocks of the entries whose sizes do not depend on the batch."""
+        return sum(charge(each.row.size[0]) * each.count for each in self._constant)
 
     @cached_property
     def constant_components(self) -> dict[Component, int]:
-        """Bytes by component of a ledger whose sizes do not depend on the batch."""
+        """Bytes by component of the entries whose sizes do not depend on the batch."""
         total: dict[Component, int] = {}
-        for each in self.entries:
+        for each in self._constant:
             row = each.row
             total[row.component] = total.get(row.component, 0) + row.size[0] * each.count
         return total

@@ -76,7 +76,8 @@ class Moment(Struct, frozen=True, dict=True):
         """The blocks of constant size, and sizes that grow: (coefficient, index, how many)."""
         total = self.standing.constant_charge
         counts: dict[tuple[int, int], int] = {}
-        for size, count in self.place.sizes():
+        standing = ((each.row.size, each.count) for each in self.standing.growing)
+        for size, count in (*standing, *self.place.sizes()):
             if size[1] == 0:
                 total += charge(size[0]) * count
             else:
@@ -85,9 +86,9 @@ class Moment(Struct, frozen=True, dict=True):
 
     @cached_property
     def components(self) -> tuple[tuple[Component, Polynomial], ...]:
-        """The bytes of `passing` by component."""
+        """The bytes by component of what is not of the same size at every batch and moment."""
         sizes: dict[Component, list[tuple[tuple[int, int], int]]] = {}
-        for each in self.passing.entries:
+        for each in (*self.standing.growing, *self.passing.entries):
             sizes.setdefault(each.row.component, []).append((each.row.size, each.count))
         return tuple((component, polynomial(found)) for component, found in sizes.items())
 
