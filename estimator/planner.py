@@ -10,7 +10,7 @@ from msgspec import Struct, structs
 
 from estimator.catalog import Gpu, gpus
 from estimator.errors import EstimatorError
-from estimator.pipeline import Device, Engine, device_of, engine_for
+from estimator.pipeline import Device, Engine, Reading, device_of, engine_for
 from estimator.request import (
     MAX_MICRO_BATCH_SIZE,
     MAX_SEQ_LEN,
@@ -48,17 +48,34 @@ class Needs(Struct, frozen=True):
     verdict: Verdict
 
 
-def needs(question: Question, request: EstimateRequest) -> Needs | None:
-    """Return what a request needs of the question's model and card, None where it is refused."""
+class _Found(NamedTuple):
+    """The engine of a varied request on its device, and what it reads there."""
+
+    engine: Engine
+    device: Device
+    reading: Reading
+
+
+def _found(question: Question, request: EstimateRequest) -> _Found | None:
+    """Return what a request is answered with, None where it is refused."""
     device = device_of(question.gpu, request)
-    b, s = request.micro_batch_size, request.seq_len
     try:
         engine = engine_for(request, question.config, question.name)
-        reading = engine.read(b, s, device.constants)
+        reading = engine.read(request.micro_batch_size, request.seq_len, device.constants)
     except EstimatorError:
         return None
-    needed = engine.needed(b, s, device, request.sample_lengths)
-    return Needs(needed.expected, reading.moment.name, judge(needed, device.capacity.usable_bytes))
+    return _Found(engine, device, reading)
+
+
+def needs(question: Question, request: EstimateRequest) -> Needs | None:
+    """Return what a request needs of the question's model and card, None where it is refused."""
+    found = _found(question, request)
+    if found is None:
+        return None
+    b, s = request.micro_batch_size, request.seq_len
+    needed = found.engine.needed(b, s, found.device, request.sample_lengths)
+    verdict = judge(needed, found.device.capacity.usable_bytes)
+    return Needs(needed.expected, found.reading.moment.name, verdict)
 
 
 class _Rough(Struct, frozen=True):
@@ -74,19 +91,17 @@ def _rough(question: Question, request: EstimateRequest, share: float = 1.0) -> 
     Args:
         share: what the allocator cannot give back, as a multiple of the allocated peak.
     """
-    device = device_of(question.gpu, request)
-    b, s = request.micro_batch_size, request.seq_len
-    try:
-        engine = engine_for(request, question.config, question.name)
-        reading = engine.read(b, s, device.constants)
-    except EstimatorError:
+    found = _found(question, request)
+    if found is None:
         return None
-    return _Rough(reading.allocated, engine.rough_verdict(b, s, device, share))
+    b, s = request.micro_batch_size, request.seq_len
+    verdict = found.engine.rough_verdict(b, s, found.device, share)
+    return _Rough(found.reading.allocated, verdict)
 
 
 def is_answered(question: Question, request: EstimateRequest) -> bool:
     """Say whether a request has an answer."""
-    return _rough(question, request) is not None
+    return _found(question, request) is not None
 
 
 def limits(question: Question) -> Limits:

@@ -98,7 +98,23 @@ def blocks(
         conditions: what decides beside the run itself.
         unbounded: what the same replay found without a card, if that is known.
     """
-    return _blocks(recordings, turn, _Card(workspace, capacity), conditions, unbounded)
+    card, roomy = _Card(workspace, capacity), _Card(workspace, None)
+    free = unbounded
+    # A card changes nothing that is never filled; one with less than the tensors never is enough.
+    # Room for addresses, which expandable segments have, depends on the card in any case.
+    if not conditions.settings.expandable_segments:
+        free = free or _replayed(recordings, turn, roomy, conditions)
+        if capacity is None or capacity >= free.reserved:
+            return free
+        if capacity < free.requested:
+            return structs.replace(free, fits=False)
+    try:
+        tight = _replayed(recordings, turn, card, conditions)
+    except OutOfMemory:
+        free = free or _replayed(recordings, turn, roomy, conditions)
+        return structs.replace(free, fits=False)
+    # What cannot be given back is asked of a run that gave nothing back.
+    return tight if free is None else structs.replace(tight, pinned=free.pinned)
 
 
 class _Card(NamedTuple):
@@ -130,31 +146,6 @@ class Recordings:
             one, *more = self.steady(regime)
             self._first[regime] = (_first_pass(self.run, regime) or one, *more)
         return self._first[regime]
-
-
-def _blocks(
-    recordings: Recordings,
-    turn: Turn,
-    card: _Card,
-    conditions: Conditions,
-    free: Blocks | None,
-) -> Blocks:
-    unbounded = card._replace(capacity=None)
-    # A card changes nothing that is never filled; one with less than the tensors never is enough.
-    # Room for addresses, which expandable segments have, depends on the card in any case.
-    if not conditions.settings.expandable_segments:
-        free = free or _replayed(recordings, turn, unbounded, conditions)
-        if card.capacity is None or card.capacity >= free.reserved:
-            return free
-        if card.capacity < free.requested:
-            return structs.replace(free, fits=False)
-    try:
-        tight = _replayed(recordings, turn, card, conditions)
-    except OutOfMemory:
-        free = free or _replayed(recordings, turn, unbounded, conditions)
-        return structs.replace(free, fits=False)
-    # What cannot be given back is asked of a run that gave nothing back.
-    return tight if free is None else structs.replace(tight, pinned=free.pinned)
 
 
 def _first_pass(run: Run, regime: Regime) -> Recording | None:
