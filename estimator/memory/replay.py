@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 from msgspec import Struct, structs
 
 from estimator.eager.size import Polynomial, asked_bytes
-from estimator.eager.tensor import Regime
+from estimator.eager.tensor import Regime, Section
+from estimator.memory.buffer_reuse import planned
 from estimator.memory.caching_allocator import (
     DEFAULT_SETTINGS,
     AllocatorSettings,
@@ -161,14 +162,14 @@ def _first_pass(run: Run, regime: Regime) -> Recording | None:
         each._replace(events=tuple((-serial, kind) for serial, kind in each.events))
         for each in found.log
     )
-    return Recording(found.kinds, found.sites, log, found.kept)
+    return Recording(found.kinds, found.sites, log, found.kept, found.outside)
 
 
 def _replayed(recordings: Recordings, turn: Turn, card: _Card, conditions: Conditions) -> Blocks:
     run = recordings.run
     # A step that comes after another is a steady one.
     turns = (*(conditions.earlier or (turn,)), turn)
-    replayer = _Replayer(card, conditions.settings)
+    replayer = _Replayer(card, conditions.settings, compiled=run.settings.compiled)
     replayer.load(loading(run))
     replayer.add(size for _, size in added(run))
     kept = tuple(size for _, size in first_states(run))
@@ -209,8 +210,11 @@ class _Replayer:
     recording: Recording
     prefix: str
     sizes: list[int]
+    log: tuple[Section, ...]
+    names: dict[int, int]
 
-    def __init__(self, card: _Card, settings: AllocatorSettings) -> None:
+    def __init__(self, card: _Card, settings: AllocatorSettings, *, compiled: bool) -> None:
+        self.compiled = compiled
         self.workspace = card.workspace
         self.allocator = CachingAllocator(card.capacity, settings)
         self.warm: set[str] = set()
@@ -222,6 +226,9 @@ class _Replayer:
         self.recording, self.prefix = recording, prefix
         kinds = recording.kinds
         self.sizes = [asked_bytes(each.shape, each.dtype.width, at) for each in kinds]
+        self.log, self.names = recording.log, {}
+        if self.compiled:
+            self.log, self.names = planned(recording.log, kinds, self.sizes, recording.outside)
 
     def load(self, events: Iterable[Event]) -> None:
         """Make the model."""
@@ -247,7 +254,7 @@ class _Replayer:
         """Run forward and backward."""
         allocator, sizes = self.allocator, self.sizes
         take, free = allocator.take, allocator.free
-        for section in self.recording.log:
+        for section in self.log:
             self._warm(section.phase)
             most = asked = 0
             for serial, kind in section.events:
@@ -266,7 +273,7 @@ class _Replayer:
             allocator.take(("state", number), size)
         self.pass_through("optimizer step", temporaries)
         for serial in self.recording.left:
-            allocator.free(serial)
+            allocator.free(self.names.get(serial, serial))
 
     def pass_through(self, name: str, temporaries: tuple[int, ...]) -> None:
         """Hold temporaries for a moment."""

@@ -116,12 +116,14 @@ class Recording(Struct, frozen=True, dict=True):
         sites: the name of each site.
         log: what happens, in the order of time.
         kept: the kinds of tensor that outlive the step itself.
+        outside: sites that no compiled graph holds: a loss that the loop computes itself.
     """
 
     kinds: tuple[TensorKind, ...]
     sites: tuple[str, ...]
     log: tuple[Section, ...]
     kept: frozenset[int] = frozenset()
+    outside: frozenset[int] = frozenset()
 
     @cached_property
     def left(self) -> tuple[int, ...]:
@@ -152,7 +154,7 @@ def record(run: Run, regime: Regime, *, first_step: bool = False) -> Recording:
         log = unroll(short.log, [kind.size for kind in short.kinds], cut)
     except NotPeriodicError:
         return record_layers(run, regime, run.spec.pattern, first_step)
-    return Recording(short.kinds, short.sites, log, short.kept)
+    return Recording(short.kinds, short.sites, log, short.kept, short.outside)
 
 
 def record_layers(
@@ -166,7 +168,10 @@ def record_layers(
     log = tape.sections()
     kept = frozenset(each.storage.kind for each in tape.kept.values() if each.storage is not None)
     tape.drop_step()
-    return Recording(tuple(tape.kinds), site_names(run, kinds), log, kept)
+    sites = site_names(run, kinds)
+    in_loop = isinstance(LOSSES[run.loss], (OutsideLoss, LabelSmoothing, SampledLabels))
+    outside = frozenset((len(sites) - 1,) if in_loop else ())
+    return Recording(tuple(tape.kinds), sites, log, kept, outside)
 
 
 def site_names(run: Run, kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
@@ -414,8 +419,7 @@ def _model(run: Run, forward: Forward, kinds: tuple[LayerKind, ...], ids: Tensor
         region = _region(forward, site, kind, given.to(kind))
         if kind.checkpointed and run.settings.compiled:
             last = site == len(kinds)
-            final = _final(run, forward, site + 1) if last else None
-            hidden = checkpointed(forward, kind, region, hidden, first=site == 1, final=final)
+            hidden = checkpointed(forward, kind, hidden, first=site == 1, final=last)
             if last:
                 forward.names.clear()
                 return hidden

@@ -113,6 +113,9 @@ class Forward:
         self.checkpointing: Checkpointing | None = None
         # The mask that a compiled backward makes in the last layer and lets go of in the first.
         self.backward_mask: list[Tensor] = []
+        # The one that a compiled forward makes in the first, and what the last layer has added up.
+        self.forward_mask: list[Tensor] = []
+        self.compiled_terms: list[Tensor] = []
         # What a compiled head has kept for its gradient, if it is tied to the embeddings.
         self.of_tied_head: list[Tensor] = []
         self._params: dict[tuple[int, str, str], Param] = {}

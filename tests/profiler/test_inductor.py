@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from estimator.memory.caching_allocator import LARGE_SEGMENT_BYTES
 from estimator.pipeline import answer
 from estimator.request import parse_request
 from profiler import engine, inductor, trace
@@ -31,6 +32,25 @@ def test_a_compiled_step_allocates_what_the_formula_says():
     assert found.peak.moment.startswith("backward")
     assert found.peak.allocated_bytes.expected == pytest.approx(
         reading.peak.allocated_bytes, rel=0.01
+    )
+
+
+def test_a_compiled_and_checkpointed_step_holds_what_the_formula_says_to_within_a_segment():
+    config = LLAMA | {
+        "hidden_size": 512, "intermediate_size": 3072, "vocab_size": 24000, "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+    }  # fmt: skip
+    request = parse_request(
+        {
+            "model": {"config": config}, "kernels": ["compile"], "activation_checkpointing": "full",
+            "optimizer": {"name": "adamw", "implementation": "fused"}, "micro_batch_size": 8,
+            "seq_len": 256, "loop": {"own_loss": True, "max_grad_norm": 0.0},
+        }
+    )  # fmt: skip
+    reading = trace.read(engine.trace(request, config))
+    found = answer(request, config, "model", None)
+    assert found.peak.reserved_bytes.expected == pytest.approx(
+        reading.reserved_bytes, abs=LARGE_SEGMENT_BYTES
     )
 
 
