@@ -27,10 +27,20 @@ from estimator.catalog import Gpu
 from estimator.eager.float8 import MULTIPLE
 from estimator.eager.size import Polynomial, powers
 from estimator.eager.tensor import Regime
-from estimator.memory import lengths
 from estimator.memory.average import average_host_bytes
 from estimator.memory.caching_allocator import DEFAULT_SETTINGS, AllocatorSettings
 from estimator.memory.hessian_pass import hessian_pass
+from estimator.memory.lengths import (
+    ADAPTER_SHARE,
+    ALIKE,
+    FIRST,
+    FIRST_BATCH,
+    ORDERS,
+    Lengths,
+    lengths_of,
+    orders,
+    reason,
+)
 from estimator.memory.loading import loading_assumptions, loading_moment
 from estimator.memory.loss import LOSSES, MeasuredLoss
 from estimator.memory.replay import Blocks, Conditions, Recordings, Turn, blocks
@@ -89,18 +99,23 @@ class Reading(Struct, frozen=True):
     eager: int | None = None
     unpooled: int = 0
 
-    def needed(self, widths: Ranges, work: Work, share: float = 1.0) -> Range:
+    def needed(
+        self, widths: Ranges, work: Work, share: float = 1.0, *, unknown: bool = False
+    ) -> Range:
         """Return the least device memory with which the run does not run out, without a replay.
 
         Args:
             share: what the allocator cannot give back, as a multiple of the allocated peak.
+            unknown: whether the lengths of batches are not known.
         """
-        needed = widths.of_needed(self.allocated, round(self.allocated * share), work)
+
+        def needed(allocated: int) -> Range:
+            pinned = round(allocated * share)
+            return widths.of_needed(allocated, pinned, work, unknown=unknown)
+
         if self.eager is None:
-            return needed
-        found = compiled_range(
-            needed, widths.of_needed(self.eager, round(self.eager * share), work)
-        )
+            return needed(self.allocated)
+        found = compiled_range(needed(self.allocated), needed(self.eager))
         return Range(found.low, found.expected, found.high + self.unpooled)
 
 
@@ -144,6 +159,9 @@ class Engine:
             ),
             None,
         )
+        spec = run.spec
+        adapts = spec.trainable_parameters() <= ADAPTER_SHARE * spec.total_parameters()
+        self._first_batches = 1 if adapts else FIRST
         self._loss_rows = LOSSES[run.loss].rows
         self._traces = traces
         self._steps: dict[Regime, Step] = {}
@@ -236,75 +254,109 @@ class Engine:
         end = names.index("end of backward")
         return max(after[end:]) - after[end]
 
-    def verdict(self, micro_batch_size: int, seq_len: int, device: Device) -> Verdict:
+    def verdict(
+        self, micro_batch_size: int, seq_len: int, device: Device, lengths: Lengths = ALIKE
+    ) -> Verdict:
         """Return whether one micro-batch and length fits on a device."""
-        needed = self.needed(micro_batch_size, seq_len, device)
+        needed = self.needed(micro_batch_size, seq_len, device, lengths)
         return judge(needed, device.capacity.usable_bytes)
 
     def rough_verdict(
-        self, micro_batch_size: int, seq_len: int, device: Device, share: float
-    ) -> Verdict:
-        """Return the same without a replay, from what the allocator cannot give back elsewhere."""
-        reading = self.read(micro_batch_size, seq_len, device.constants)
-        work = Work(micro_batch_size * seq_len, seq_len)
-        needed = reading.needed(device.ranges(self.recipe), work, share)
-        return judge(needed, device.capacity.usable_bytes)
-
-    def share(self, micro_batch_size: int, seq_len: int, device: Device) -> float:
-        """Return what the allocator cannot give back, as a multiple of the allocated peak."""
-        reading = self.read(micro_batch_size, seq_len, device.constants)
-        pinned = self.blocks(micro_batch_size, seq_len, device).pinned
-        return max(1.0, pinned / reading.allocated)
-
-    def needed(
         self,
         micro_batch_size: int,
         seq_len: int,
         device: Device,
-        sample_lengths: tuple[int, ...] = (),
+        share: float,
+        *,
+        unknown: bool = False,
+    ) -> Verdict:
+        """Return the same without a replay, from what the allocator cannot give back elsewhere."""
+        reading = self.read(micro_batch_size, seq_len, device.constants)
+        work = Work(micro_batch_size * seq_len, seq_len)
+        needed = reading.needed(device.ranges(self.recipe), work, share, unknown=unknown)
+        return judge(needed, device.capacity.usable_bytes)
+
+    def share(
+        self, micro_batch_size: int, seq_len: int, device: Device, lengths: Lengths = ALIKE
+    ) -> float:
+        """Return what the allocator cannot give back, as a multiple of the allocated peak."""
+        reading = self.read(micro_batch_size, seq_len, device.constants)
+        replays = self._replayed(micro_batch_size, seq_len, device, lengths)
+        return max(1.0, max(each.pinned for each in replays) / reading.allocated)
+
+    def needed(
+        self, micro_batch_size: int, seq_len: int, device: Device, lengths: Lengths = ALIKE
     ) -> Range:
         """Return the least device memory with which one micro-batch and length does not run out.
 
-        Where a replay runs out of this very device, that is more than the device has.
-
-        Args:
-            sample_lengths: of the samples, none where all batches are as long.
+        Batches of one length need what is expected, those of others as much as the high end.
         """
         reading = self.read(micro_batch_size, seq_len, device.constants)
         widths, work = device.ranges(self.recipe), Work(micro_batch_size * seq_len, seq_len)
-        replays = [self.blocks(micro_batch_size, seq_len, device)]
-        if sample_lengths:
-            replays += self.in_orders(micro_batch_size, seq_len, device, sample_lengths)
-        pinned = max(each.pinned for each in replays)
-        found = widths.of_needed(reading.allocated, pinned, work)
-        usable = device.capacity.usable_bytes
-        if usable is not None and not all(each.fits for each in replays):
-            found = Range(found.low, found.expected, max(found.high, usable + 1))
+        replays = self._replayed(micro_batch_size, seq_len, device, lengths)
+        found = widths.of_needed(
+            reading.allocated,
+            replays[0].pinned,
+            work,
+            max(each.pinned for each in replays),
+            unknown=lengths.unknown,
+        )
         if self.eager is None:
             return found
-        eager = self.eager.needed(micro_batch_size, seq_len, device, sample_lengths)
+        eager = self.eager.needed(micro_batch_size, seq_len, device, lengths)
         found = compiled_range(found, eager)
         return Range(found.low, found.expected, found.high + reading.unpooled)
 
+    def _replayed(
+        self, micro_batch_size: int, seq_len: int, device: Device, lengths: Lengths
+    ) -> tuple[Blocks, ...]:
+        """Replay a run of batches of one length, and of others where they differ, with room.
+
+        What cannot be given back is the same on a card that it just fills.
+        """
+        at, workspace = (micro_batch_size, seq_len), device.constants.cublas_workspace
+        alike = self._replays(*at, workspace, None, None)
+        if lengths.unknown:
+            first = max(1, round(FIRST_BATCH * seq_len))
+            return alike, self._replays(*at, workspace, None, first)
+        if not lengths.samples:
+            return (alike,)
+        return alike, *self._orders(*at, workspace, None, lengths.samples)
+
     def blocks(self, micro_batch_size: int, seq_len: int, device: Device) -> Blocks:
         """Replay the run through the caching allocator; the latest replays are kept."""
-        workspace = device.constants.cublas_workspace
-        return self._replays(micro_batch_size, seq_len, workspace, _left_to_tensors(device))
+        workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
+        return self._replays(micro_batch_size, seq_len, workspace, capacity, None)
 
     def _replay(
-        self, micro_batch_size: int, seq_len: int, workspace: int, capacity: int | None
+        self,
+        micro_batch_size: int,
+        seq_len: int,
+        workspace: int,
+        capacity: int | None,
+        first: int | None,
     ) -> Blocks:
+        """Replay the run.
+
+        Args:
+            first: length of the first batch [tokens]; None where all are of one length.
+        """
         turn = self._turn(micro_batch_size, seq_len)
+        conditions = Conditions()
+        if first is not None:
+            # What a shorter batch does otherwise is not traced for it alone.
+            at = powers(*self.numbers(micro_batch_size, first))
+            conditions = Conditions(earlier=(turn._replace(at=at),))
         free = None
         if capacity is not None:
-            free = self._replays(micro_batch_size, seq_len, workspace, None)
-        return blocks(self._recordings, turn, workspace, capacity, unbounded=free)
+            free = self._replays(micro_batch_size, seq_len, workspace, None, first)
+        return blocks(self._recordings, turn, workspace, capacity, conditions, unbounded=free)
 
     def _turn(self, micro_batch_size: int, seq_len: int) -> Turn:
         numbers = self.numbers(micro_batch_size, seq_len)
         return Turn(self._regime_of(numbers), powers(*numbers))
 
-    def reserved(
+    def blocks_under(
         self,
         micro_batch_size: int,
         seq_len: int,
@@ -312,8 +364,8 @@ class Engine:
         *,
         settings: AllocatorSettings = DEFAULT_SETTINGS,
         earlier: tuple[int, ...] = (),
-    ) -> int:
-        """Return what the allocator holds at most under conditions that no request names.
+    ) -> Blocks:
+        """Replay the run under conditions that no request names.
 
         Args:
             settings: of the allocator.
@@ -323,22 +375,18 @@ class Engine:
         turn = self._turn(micro_batch_size, seq_len)
         workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
         conditions = Conditions(settings, turns)
-        return blocks(self._recordings, turn, workspace, capacity, conditions).reserved
+        return blocks(self._recordings, turn, workspace, capacity, conditions)
 
     def reserved_range(
         self,
         micro_batch_size: int,
         seq_len: int,
         device: Device,
-        sample_lengths: tuple[int, ...],
+        lengths: Lengths = ALIKE,
     ) -> Range:
-        """Return what the allocator holds at most: the least, the middle and the most of orders.
-
-        Args:
-            sample_lengths: of the samples, none where all batches are as long.
-        """
-        if sample_lengths:
-            replays = self.in_orders(micro_batch_size, seq_len, device, sample_lengths)
+        """Return what the allocator holds at most: the least, the middle and the most of orders."""
+        if lengths.samples:
+            replays = self.in_orders(micro_batch_size, seq_len, device, lengths.samples)
         else:
             replays = (self.blocks(micro_batch_size, seq_len, device),)
         held = sorted(each.reserved for each in replays)
@@ -363,12 +411,12 @@ class Engine:
         capacity: int | None,
         sample_lengths: tuple[int, ...],
     ) -> tuple[Blocks, ...]:
-        free: tuple[Blocks | None, ...] = (None,) * lengths.ORDERS
+        free: tuple[Blocks | None, ...] = (None,) * ORDERS
         if capacity is not None:
             free = self._orders(micro_batch_size, seq_len, workspace, None, sample_lengths)
         found = []
-        orders = lengths.orders(sample_lengths, micro_batch_size, seq_len)
-        for order, unbounded in zip(orders, free, strict=True):
+        drawn = orders(sample_lengths, micro_batch_size, seq_len, self._first_batches)
+        for order, unbounded in zip(drawn, free, strict=True):
             *earlier, last = (self._turn(micro_batch_size, each) for each in order)
             conditions = Conditions(earlier=tuple(earlier))
             found.append(
@@ -417,6 +465,11 @@ def device_of(gpu: Gpu | None, request: EstimateRequest) -> Device:
         compute_capability=capability,
         confidence=request.confidence,
     )
+
+
+def lengths_in(request: EstimateRequest) -> Lengths:
+    """Return what a request says of the lengths of its batches."""
+    return lengths_of(request.sample_lengths, request.seq_len, packing=request.packing)
 
 
 # The fields that an engine is made for; it answers every micro-batch and length of theirs.
@@ -509,7 +562,8 @@ def answer(
     numbers = engine.numbers(b, s)
     at = powers(*numbers)
     work, widths = Work(b * s, s), device.ranges(engine.recipe)
-    needed = engine.needed(b, s, device, request.sample_lengths)
+    lengths = lengths_in(request)
+    needed = engine.needed(b, s, device, lengths)
     replayed = engine.blocks(b, s, device)
     highest = tuple(
         Highest(moment, replayed.rounding.get(moment.name, 0))
@@ -518,11 +572,12 @@ def answer(
     view = View(at, numbers, device.constants, engine.handles)
     peak = max(highest, key=view.allocated)
     allocated = widths.allocated.around(view.allocated(peak), work)
-    held = engine.reserved_range(b, s, device, request.sample_lengths)
+    held = engine.reserved_range(b, s, device, lengths)
     reserved = widths.of_reserved(held, allocated, work)
-    reasons = (*widths.reasons(work), *assumptions(peak.moment), *loading_assumptions(engine.run))
-    if request.sample_lengths:
-        reasons = (lengths.reason(held.low, held.high), *reasons)
+    promised = widths.reasons(work, unknown=lengths.unknown)
+    reasons = (*promised, *assumptions(peak.moment), *loading_assumptions(engine.run))
+    if lengths.samples:
+        reasons = (reason(held.low, held.high), *reasons)
     eager = None
     if engine.eager is not None:
         eager = answer(_uncompiled(request), config, name, gpu).peak

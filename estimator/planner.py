@@ -10,7 +10,8 @@ from msgspec import Struct, structs
 
 from estimator.catalog import Gpu, gpus
 from estimator.errors import EstimatorError
-from estimator.pipeline import Device, Engine, Reading, device_of, engine_for
+from estimator.memory.lengths import UNKNOWN, Lengths
+from estimator.pipeline import Device, Engine, Reading, device_of, engine_for, lengths_in
 from estimator.request import (
     MAX_MICRO_BATCH_SIZE,
     MAX_SEQ_LEN,
@@ -73,7 +74,7 @@ def needs(question: Question, request: EstimateRequest) -> Needs | None:
     if found is None:
         return None
     b, s = request.micro_batch_size, request.seq_len
-    needed = found.engine.needed(b, s, found.device, request.sample_lengths)
+    needed = found.engine.needed(b, s, found.device, lengths_in(request))
     verdict = judge(needed, found.device.capacity.usable_bytes)
     return Needs(needed.expected, found.reading.moment.name, verdict)
 
@@ -95,8 +96,15 @@ def _rough(question: Question, request: EstimateRequest, share: float = 1.0) -> 
     if found is None:
         return None
     b, s = request.micro_batch_size, request.seq_len
-    verdict = found.engine.rough_verdict(b, s, found.device, share)
+    unknown = _lengths_at_other_sizes(request).unknown
+    verdict = found.engine.rough_verdict(b, s, found.device, share, unknown=unknown)
     return _Rough(found.reading.allocated, verdict)
+
+
+def _lengths_at_other_sizes(request: EstimateRequest) -> Lengths:
+    """Return what is known of lengths elsewhere; orders of samples are not replayed there."""
+    found = lengths_in(request)
+    return UNKNOWN if found.samples else found
 
 
 def is_answered(question: Question, request: EstimateRequest) -> bool:
@@ -113,11 +121,12 @@ def limits(question: Question) -> Limits:
     batch = length = None
     if device.capacity.usable_bytes is not None:
         longest = engine.run.spec.max_positions or MAX_SEQ_LEN
-        share = engine.share(b, s, device)
+        lengths = _lengths_at_other_sizes(request)
+        share = engine.share(b, s, device, lengths)
         batch = _largest_that_fits(
-            lambda n: _Size(engine, n, s, device), MAX_MICRO_BATCH_SIZE, share
+            lambda n: _Size(engine, n, s, device, lengths), MAX_MICRO_BATCH_SIZE, share
         )
-        length = _largest_that_fits(lambda n: _Size(engine, b, n, device), longest, share)
+        length = _largest_that_fits(lambda n: _Size(engine, b, n, device, lengths), longest, share)
     return Limits(
         max_micro_batch_size=batch,
         max_seq_len=length,
@@ -129,8 +138,7 @@ def limits(question: Question) -> Limits:
 def _min_gpus(engine: Engine, request: EstimateRequest, device: Device) -> int | None:
     """Return 1 where one card does; more cards hold copies, so they do not help here."""
     b, s = request.micro_batch_size, request.seq_len
-    needed = engine.needed(b, s, device, request.sample_lengths)
-    return 1 if judge(needed, device.capacity.usable_bytes) == "fits" else None
+    return 1 if engine.verdict(b, s, device, lengths_in(request)) == "fits" else None
 
 
 class _Size(NamedTuple):
@@ -140,6 +148,7 @@ class _Size(NamedTuple):
     micro_batch_size: int
     seq_len: int
     device: Device
+    lengths: Lengths
 
     def fits(self) -> bool:
         """Say whether it fits, after a replay."""
@@ -147,7 +156,7 @@ class _Size(NamedTuple):
 
     def roughly_fits(self, share: float) -> bool:
         """Say the same without one, as if so much could not be given back."""
-        return self.engine.rough_verdict(*self[1:], share) == "fits"
+        return self.engine.rough_verdict(*self[1:4], share, unknown=self.lengths.unknown) == "fits"
 
     def share(self) -> float:
         """Return what the allocator cannot give back, as a multiple of the allocated peak."""
@@ -198,15 +207,15 @@ def _smallest_gpu(engine: Engine, request: EstimateRequest, asked: Device) -> st
     Laptop cards are left out, and so are cards without the kernels that the request asks for.
     """
     b, s = request.micro_batch_size, request.seq_len
-    share, least = engine.share(b, s, asked), engine.least_bytes(b, s)
+    lengths = lengths_in(request)
+    share, least = engine.share(b, s, asked, lengths), engine.least_bytes(b, s)
     for gpu in _candidates(request):
         if (gpu.usable_bytes or 0) < least:
             continue
         device = device_of(gpu, request)
-        if engine.rough_verdict(b, s, device, share) != "fits":
+        if engine.rough_verdict(b, s, device, share, unknown=lengths.unknown) != "fits":
             continue
-        needed = engine.needed(b, s, device, request.sample_lengths)
-        if judge(needed, gpu.usable_bytes) == "fits":
+        if engine.verdict(b, s, device, lengths) == "fits":
             return gpu.key
     return None
 

@@ -62,6 +62,7 @@ from estimator.techniques.software import PROFILES
 MAX_REQUEST_BYTES: Final = 1024 * 1024
 MAX_MICRO_BATCH_SIZE: Final = 65_536
 MAX_SEQ_LEN: Final = 16_777_216
+DEFAULT_SEQ_LEN: Final = 2048
 MAX_SAMPLES: Final = 10_000
 
 # Of the training data, or of a part of it; their order does not count.
@@ -196,7 +197,7 @@ class EstimateRequest(Section, frozen=True):
     qat: Qat | None = None
     optimizer: Optimizer = Optimizer()
     micro_batch_size: Annotated[int, Meta(ge=1, le=MAX_MICRO_BATCH_SIZE)] = 1
-    seq_len: Annotated[int, Meta(ge=1, le=MAX_SEQ_LEN)] = 2048
+    seq_len: Annotated[int, Meta(ge=1, le=MAX_SEQ_LEN)] = DEFAULT_SEQ_LEN
     sample_lengths: SampleLengths = ()
     gradient_accumulation_steps: Count = 1
     padding: bool = False
@@ -442,7 +443,7 @@ def _defaults_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return what a framework fills in otherwise than we do, where the request says nothing."""
     defaults: dict[str, Any] = {}
     alone = given.get("micro_batch_size", 1) == 1
-    if given.get("sample_lengths") and framework in MASKING and not (alone or given.get("packing")):
+    if _differ(given) and framework in MASKING and not (alone or given.get("packing")):
         # Samples of different lengths in one batch are padded.
         defaults["padding"] = True
     if framework != "trl":
@@ -453,6 +454,14 @@ def _defaults_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:
     if "precision" not in given and "autocast" not in given:
         defaults |= TRL_PRECISION
     return defaults
+
+
+def _differ(given: dict[str, Any]) -> bool:
+    """Say whether some samples are shorter than what all are cut to."""
+    lengths, longest = given.get("sample_lengths"), given.get("seq_len", DEFAULT_SEQ_LEN)
+    if not isinstance(lengths, list | tuple) or not isinstance(longest, int):
+        return False
+    return any(isinstance(each, int) and each < longest for each in lengths)
 
 
 def _sections_of(framework: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -274,13 +274,13 @@ def _blocks(case: Case) -> Iterator[Term]:
     engine = engine_for(request, case.question.config, case.question.name)
     b, s, held = request.micro_batch_size, request.seq_len, case.base.peak.reserved_bytes.expected
     least = case.base.peak.allocated_bytes.expected
-    growing = engine.reserved(b, s, case.device, settings=AllocatorSettings(True))
+    growing = engine.blocks_under(b, s, case.device, settings=AllocatorSettings(True)).reserved
     yield Term(
         "expandable segments", "PYTORCH_ALLOC_CONF has expandable_segments:True", {},
         max(growing, least) - held, "sometimes",
     )  # fmt: skip
     earlier = tuple(max(1, s * eighths // 8) for eighths in _EARLIER)
-    shorter = engine.reserved(b, s, case.device, earlier=earlier)
+    shorter = engine.blocks_under(b, s, case.device, earlier=earlier).reserved
     lengths = ", ".join(str(each) for each in earlier)
     yield Term(
         "blocks of other lengths",

@@ -10,7 +10,8 @@ from estimator.breakdown import outside
 from estimator.calibration import Work
 from estimator.components import COMPONENTS, Component
 from estimator.memory.allocator import charge
-from estimator.pipeline import device_of
+from estimator.memory.lengths import ALIKE
+from estimator.pipeline import device_of, lengths_in
 from estimator.request import EstimateRequest, InlineModel
 from estimator.result import (
     ComponentRows,
@@ -60,7 +61,10 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
     held = Range(reading.reserved_bytes, reading.reserved_bytes, reading.reserved_bytes)
     reserved = widths.of_reserved(held, allocated, work)
     used = widths.of_device_used(reserved, run.managed_bytes, work)
-    needed = widths.of_needed(_fresh_blocks(run.trace, reading), reading.pinned_bytes, work)
+    # Batches of other lengths are not run, whatever is known of them.
+    unknown = lengths_in(request) != ALIKE
+    fresh = _fresh_blocks(run.trace, reading)
+    needed = widths.of_needed(fresh, reading.pinned_bytes, work, unknown=unknown)
     verdict = judge(needed, device.capacity.usable_bytes)
     peak = Peak(
         moment=reading.peak.phase,
@@ -87,7 +91,7 @@ def result(request: EstimateRequest, run: DryRun) -> Result:
         request=request.to_dict(),
         outside=outside(allocated, reserved, device.constants, run.managed_bytes),
         promises=widths.promises(work),
-        assumptions=(*widths.reasons(work), *_ASSUMPTIONS),
+        assumptions=(*widths.reasons(work, unknown=unknown), *_ASSUMPTIONS),
         notes=(*run.notes, *_left_out(request)),
         not_modelled=_NOT_MODELLED,
         versions=versions(),

@@ -17,7 +17,7 @@ from benchmarks.accuracy.comparison import Comparison
 from benchmarks.accuracy.meters import readings
 from estimator.catalog import Access
 from estimator.memory.lengths import ORDERS
-from estimator.pipeline import answer, device_of, engine_for
+from estimator.pipeline import answer, device_of, engine_for, lengths_in
 from estimator.service import model_config, requested_gpu
 from estimator.units import gib
 
@@ -123,7 +123,7 @@ def _orders_of_lengths(comparison: Comparison) -> str | None:
     engine = engine_for(request, model.config, model.id)
     device = device_of(requested_gpu(request), request)
     b, s = request.micro_batch_size, request.seq_len
-    held = engine.reserved_range(b, s, device, request.sample_lengths)
+    held = engine.reserved_range(b, s, device, lengths_in(request))
     same = engine.blocks(b, s, device).reserved
     place = "within" if held.low <= comparison.measured <= held.high else "outside of"
     return (

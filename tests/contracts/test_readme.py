@@ -52,7 +52,7 @@ def test_a_command_of_the_readme_answers(command):
         capture_output=True,
         encoding="utf-8",
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode in ANSWERS, done.stderr
     assert done.stderr == ""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from estimator import calibration, calibration_file
-from estimator.calibration import KIN, NEEDED, UNMEASURED, WIDER, Part, Spread, Work
+from estimator.calibration import KIN, OTHER_ORDER, UNMEASURED, WIDER, Part, Spread, Work
 from estimator.calibration_file import (
     Calibration,
     Constants,
@@ -265,7 +265,7 @@ def test_a_range_holds_its_value_and_grows_with_the_batch(expected, tokens, seq_
 def test_the_high_end_of_what_is_needed_keeps_room_for_what_cannot_be_given_back():
     found = estimate({"model": "gpt2", "seq_len": 512, "hardware": {"memory_bytes": 8 * GiB}})
     allocated, needed = found.peak.allocated_bytes, found.peak.needed_bytes
-    assert needed.high > allocated.high * NEEDED
+    assert needed.high > allocated.high * OTHER_ORDER
 
 
 def test_more_confidence_never_makes_a_range_narrower():

@@ -35,8 +35,6 @@ CASES = {case.id: case for case in cases(SCORED)[0]}
 # docs/accuracy.md has the numbers.
 EXCEPTIONS = {
     ("fitcheck-llm", "torchtune-docs-tutorials", "reserved"),
-    ("torch-preflight", "torchtune-docs-tutorials", "reserved"),
-    ("vramcalc", "torchtune-docs-tutorials", "reserved"),
     ("hf-vram-calc", "usamec", "device-used"),
     ("torch-preflight", "torchao-docs", "allocated"),
     ("training-hub", "usamec", "device-used"),
