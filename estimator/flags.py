@@ -90,11 +90,12 @@ _DECLARED: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "--sample-lengths",
             "/sample_lengths",
-            "Tokens of samples, padded to the longest of a batch: 80,310,2048.",
+            "Tokens of samples, padded to the longest of a batch: 80,310,2048. "
+            "The seq-len alone: all batches are of that length.",
         ),
         Flag("--gradient-accumulation-steps", "/gradient_accumulation_steps", "Forwards per step."),
         Flag("--padding", "/padding", "Batches hold padding, so a mask is passed."),
-        Flag("--packing", "/packing", "Sequences are packed end to end."),
+        Flag("--packing", "/packing", "Sequences are packed end to end, to batches of one length."),
     ),
     "Kernels and recomputation": (
         Flag(

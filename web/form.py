@@ -40,7 +40,7 @@ MAX_CONFIG_CHARACTERS: Final = 16_000
 FIRST: Final = (
     "/model", "/hardware/gpu", "/method/name", "/method/r", "/precision", "/optimizer/name",
     "/micro_batch_size", "/seq_len", "/gradient_accumulation_steps", "/padding",
-    "/activation_checkpointing", "/attention",
+    "/packing", "/activation_checkpointing", "/attention",
 )  # fmt: skip
 
 # Fields that are any word to the parser, and the table that says which words have an answer.
