@@ -150,3 +150,10 @@ class Run(Struct, frozen=True):
     def accumulates(self) -> bool:
         """Whether gradients are there already while a forward and a backward pass run."""
         return self.micro_batches > 1 or self.keeps_gradients
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it is a pass of the run itself that makes the gradients to which others add."""
+        choice = self.optimizer
+        elsewhere = choice.main_gradients or choice.in_backward or self.forward_only
+        return self.accumulates and not elsewhere

@@ -17,6 +17,7 @@ from estimator.memory.average import average_sizes
 from estimator.memory.ledger import Entry, Ledger, constant_row
 from estimator.memory.loading_parts import modules, named, table
 from estimator.memory.loading_torchtune import layers_built, layers_copied
+from estimator.memory.master_copies import master_copies
 from estimator.memory.standing import model_entries
 from estimator.memory.timeline import Moment
 from estimator.model.loading import Event, Loading
@@ -72,7 +73,12 @@ def loading_assumptions(run: Run) -> tuple[str, ...]:
 def added(run: Run) -> Iterator[tuple[str, int]]:
     """Yield names and sizes of what is there before the first step beside the model."""
     yield from (("moving average", size) for size in average_sizes(run))
-    if run.accumulates:
+    yield from master_copies(run)
+
+
+def gradients_there(run: Run) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of the gradients to which all micro-batches but the first add."""
+    if run.gathers:
         for module in modules(run):
             yield from (
                 (f"{module.name}.{each.name}.grad", each.bytes)

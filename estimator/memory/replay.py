@@ -8,12 +8,14 @@ step after it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Final, NamedTuple
 
 from msgspec import Struct, structs
 
-from estimator.eager.size import Polynomial, asked_bytes
-from estimator.eager.tensor import Regime, Section
+from estimator.dtypes import DType
+from estimator.eager.size import Polynomial, asked_bytes, elements
+from estimator.eager.tensor import Regime, Section, TensorKind
 from estimator.memory.buffer_reuse import planned
 from estimator.memory.caching_allocator import (
     DEFAULT_SETTINGS,
@@ -25,12 +27,12 @@ from estimator.memory.clipping import clipping_temporaries
 from estimator.memory.hessian_pass import HESSIAN, hessian_pass
 from estimator.memory.loading import LOADING, added, loading
 from estimator.memory.loss import LOSSES
+from estimator.memory.optimizer_log import OptimizerLog, StepEvent, optimizer_log
 from estimator.memory.outside_loss import OutsideLoss
 from estimator.memory.standing import (
     IMPORTANCE,
     importance_sizes,
     kept_states,
-    step_temporaries,
     tensors_with_states,
 )
 from estimator.memory.trace import Recording, record
@@ -55,6 +57,9 @@ class Blocks(Struct, frozen=True):
     requested: int
     pinned: int
     fits: bool = True
+
+
+MATRIX: Final = 2
 
 
 class Turn(NamedTuple):
@@ -130,18 +135,23 @@ class Recordings:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._first: dict[Regime, tuple[Recording, ...]] = {}
-        self._steady: dict[Regime, tuple[Recording, ...]] = {}
+        self._first: dict[Regime, tuple[Pass, ...]] = {}
+        self._steady: dict[Regime, tuple[Pass, ...]] = {}
 
-    def steady(self, regime: Regime) -> tuple[Recording, ...]:
-        """Return the passes of any step but the first."""
+    @cached_property
+    def update(self) -> OptimizerLog:
+        """What the optimizer's step makes, the first one and the others."""
+        return optimizer_log(self.run)
+
+    def steady(self, regime: Regime) -> tuple[Pass, ...]:
+        """Return the passes of any step but the first, each with the micro-batches that differ."""
         if regime not in self._steady:
             second = hessian_pass(self.run)
-            more = () if second is None else (record(second, regime),)
-            self._steady[regime] = (record(self.run, regime), *more)
+            runs = (self.run,) if second is None else (self.run, second)
+            self._steady[regime] = tuple(_steady(each, regime) for each in runs)
         return self._steady[regime]
 
-    def first(self, regime: Regime) -> tuple[Recording, ...]:
+    def first(self, regime: Regime) -> tuple[Pass, ...]:
         """Return the passes of the first step, where some gradients are not there yet."""
         if regime not in self._first:
             one, *more = self.steady(regime)
@@ -149,17 +159,37 @@ class Recordings:
         return self._first[regime]
 
 
-def _first_pass(run: Run, regime: Regime) -> Recording | None:
+Pass = tuple[Recording, ...]
+# Far above the numbers of the tensors of a step.
+_ANOTHER: Final = 1 << 60
+
+
+def _steady(run: Run, regime: Regime) -> Pass:
+    """Return the micro-batches of a pass: the first makes the gradients that the others add to."""
+    later = record(run, regime)
+    if not run.gathers or run.keeps_gradients:
+        return (later,)
+    return (_numbered(record(run, regime, makes_gradients=True), _ANOTHER), later)
+
+
+def _first_pass(run: Run, regime: Regime) -> Pass | None:
     """Return the first step, where it makes gradients that stay; they have numbers of their own.
 
     Nor is there anything yet of what a loop's names keep from the step before.
     """
     stays = any(weight.keeps_gradient for _, weight, _ in run.spec.tensors())
+    stays = stays or (run.gathers and run.keeps_gradients)
     if not stays and not isinstance(LOSSES[run.loss], OutsideLoss):
         return None
-    found = record(run, regime, first_step=True)
+    found = record(run, regime, first_step=True, makes_gradients=run.gathers)
+    later = (record(run, regime),) if run.micro_batches > 1 else ()
+    return (_numbered(found, 2 * _ANOTHER), *later)
+
+
+def _numbered(found: Recording, offset: int) -> Recording:
+    """Return a recording whose tensors have other numbers."""
     log = tuple(
-        each._replace(events=tuple((-serial, kind) for serial, kind in each.events))
+        each._replace(events=tuple((serial + offset, kind) for serial, kind in each.events))
         for each in found.log
     )
     return Recording(found.kinds, found.sites, log, found.kept, found.outside)
@@ -169,21 +199,21 @@ def _replayed(recordings: Recordings, turn: Turn, card: _Card, conditions: Condi
     run = recordings.run
     # A step that comes after another is a steady one.
     turns = (*(conditions.earlier or (turn,)), turn)
-    replayer = _Replayer(card, conditions.settings, compiled=run.settings.compiled)
+    replayer = _Replayer(run, card, conditions.settings)
     replayer.load(loading(run))
     replayer.add(size for _, size in added(run))
-    kept = tuple(size for _, size in first_states(run))
-    temporaries = step_temporaries(run)
+    update = recordings.update
     clipping = clipping_temporaries(run)
     for number, (regime, at) in enumerate(turns):
         replayer.highest.clear()
-        states = () if number else kept
         passes = recordings.steady(regime) if number else recordings.first(regime)
-        for recording, prefix in zip(passes, ("", HESSIAN), strict=False):
-            replayer.of(recording, prefix, at)
-            replayer.step()
+        for micro_batches, prefix in zip(passes, ("", HESSIAN), strict=False):
+            for recording in micro_batches:
+                replayer.drop_batch()
+                replayer.of(recording, prefix, at)
+                replayer.step()
             replayer.pass_through("gradient clipping", clipping)
-            replayer.update(*((), ()) if prefix else (states, temporaries))
+            replayer.update(() if prefix else update.later if number else update.first)
     return replayer.found()
 
 
@@ -213,13 +243,16 @@ class _Replayer:
     log: tuple[Section, ...]
     names: dict[int, int]
 
-    def __init__(self, card: _Card, settings: AllocatorSettings, *, compiled: bool) -> None:
-        self.compiled = compiled
+    def __init__(self, run: Run, card: _Card, settings: AllocatorSettings) -> None:
+        self.run = run
         self.workspace = card.workspace
         self.allocator = CachingAllocator(card.capacity, settings)
         self.warm: set[str] = set()
         self.highest: dict[str, tuple[int, int]] = {}
         self.loading = (0, 0)
+        # What is left behind a pass: gradients, and all else that has a name.
+        self.gradients: list[tuple[int, TensorKind]] = []
+        self.others: list[int] = []
 
     def of(self, recording: Recording, prefix: str, at: Polynomial) -> None:
         """Go over to another pass of a step, whose moments have names that begin with a word."""
@@ -227,7 +260,7 @@ class _Replayer:
         kinds = recording.kinds
         self.sizes = [asked_bytes(each.shape, each.dtype.width, at) for each in kinds]
         self.log, self.names = recording.log, {}
-        if self.compiled:
+        if self.run.settings.compiled:
             self.log, self.names = planned(recording.log, kinds, self.sizes, recording.outside)
 
     def load(self, events: Iterable[Event]) -> None:
@@ -265,15 +298,62 @@ class _Replayer:
                 if allocator.allocated_bytes > most:
                     most, asked = allocator.allocated_bytes, allocator.requested_bytes
             self._see(self._name(section.phase, section.site), most, asked)
+        self._leave()
 
-    def update(self, states: tuple[int, ...], temporaries: tuple[int, ...]) -> None:
+    def drop_batch(self) -> None:
+        """Drop what a micro-batch has left, but for gradients, to which the next one adds."""
+        for serial in self.others:
+            self.allocator.free(serial)
+        self.others = []
+
+    def _leave(self) -> None:
+        """Remember what a pass has left."""
+        kinds = self.recording.kinds
+        for serial, kind in self.recording.left.items():
+            name = self.names.get(serial, serial)
+            if kinds[kind].component == "gradients":
+                self.gradients.append((name, kinds[kind]))
+            else:
+                self.others.append(name)
+
+    def update(self, events: tuple[StepEvent, ...]) -> None:
         """Run the optimizer's step, then drop gradients and batch."""
         allocator = self.allocator
-        for number, size in enumerate(states):
-            allocator.take(("state", number), size)
-        self.pass_through("optimizer step", temporaries)
-        for serial in self.recording.left:
-            allocator.free(self.names.get(serial, serial))
+        copies = self._copy_gradients()
+        most, asked = allocator.allocated_bytes, allocator.requested_bytes
+        for key, size in events:
+            if size is None:
+                allocator.free(key)
+                continue
+            allocator.take(key, size)
+            if allocator.allocated_bytes > most:
+                most, asked = allocator.allocated_bytes, allocator.requested_bytes
+        self._see("optimizer step", most, asked)
+        for serial in copies:
+            allocator.free(("copy", serial))
+        if not self.run.keeps_gradients:
+            for serial, _ in self.gradients:
+                allocator.free(serial)
+        self.gradients = []
+        self.drop_batch()
+
+    def _copy_gradients(self) -> list[int]:
+        """Copy half gradients to fp32 one by one, each original dropped at once; return which.
+
+        Source: megatron-optimizer, _copy_model_grads_to_main_grads.
+        """
+        optimizer = self.run.optimizer
+        if not optimizer.master_weights or optimizer.main_gradients:
+            return []
+        # Backward ends with the first layer; the Trainer's group of matrices is the first one.
+        halves = [each for each in reversed(self.gradients) if each[1].dtype.is_half]
+        halves.sort(key=lambda each: len(each[1].shape) < MATRIX)
+        for serial, kind in halves:
+            self.allocator.take(("copy", serial), elements(kind.shape)[0] * DType.FLOAT32.width)
+            self.allocator.free(serial)
+        copied = [serial for serial, _ in halves]
+        self.gradients = [each for each in self.gradients if not each[1].dtype.is_half]
+        return copied
 
     def pass_through(self, name: str, temporaries: tuple[int, ...]) -> None:
         """Hold temporaries for a moment."""

@@ -12,7 +12,7 @@ from estimator.eager.size import Polynomial
 from estimator.eager.tensor import Regime
 from estimator.memory.caching_allocator import round_size
 from estimator.memory.clipping import clipping_temporaries
-from estimator.memory.loading import LOADING, added, loading
+from estimator.memory.loading import LOADING, added, gradients_there, loading
 from estimator.memory.replay import first_states
 from estimator.memory.standing import step_temporaries
 from estimator.memory.trace import Recording, record
@@ -57,7 +57,7 @@ def requests(run: Run, regime: Regime, at: Polynomial, workspaces: int) -> Itera
         yield Request("load", LOADING, name, size, total - workspaces)
         blocks[serial] = _block(size)
         total += blocks[serial]
-    for name, size in added(run):
+    for name, size in (*added(run), *gradients_there(run)):
         yield Request("load", LOADING, name, size, total - workspaces)
         total += _block(size)
     turns: tuple[Turn, ...] = ("first step", "later steps")

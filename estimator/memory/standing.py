@@ -362,10 +362,10 @@ def step_temporaries(run: Run) -> tuple[int, ...]:
     # When the optimizer is done, an average is made anew of two products for each weight.
     largest = max((size for _, size, _ in importance_sizes(run)), default=0)
     averaging = (largest,) * 3 if largest else ()
-    return max(update, averaging, _copied_back(run), key=sum)
+    return max(update, averaging, copied_back(run), key=sum)
 
 
-def _copied_back(run: Run) -> tuple[int, ...]:
+def copied_back(run: Run) -> tuple[int, ...]:
     """Return the half copy that BAdam makes of an fp32 one before it is written back [bytes].
 
     Source: badam, block_optim.py, BlockOptimizer._update_param.

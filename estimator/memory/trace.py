@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 
@@ -126,8 +127,8 @@ class Recording(Struct, frozen=True, dict=True):
     outside: frozenset[int] = frozenset()
 
     @cached_property
-    def left(self) -> tuple[int, ...]:
-        """Return the numbers of the tensors that outlive the log, and not the step."""
+    def left(self) -> dict[int, int]:
+        """Return the tensors that outlive the log, and not the step, by number: their kinds."""
         alive: dict[int, int] = {}
         for section in self.log:
             for serial, kind in section.events:
@@ -135,36 +136,50 @@ class Recording(Struct, frozen=True, dict=True):
                     del alive[serial]
                 else:
                     alive[serial] = kind
-        return tuple(serial for serial, kind in alive.items() if kind not in self.kept)
+        return {serial: kind for serial, kind in alive.items() if kind not in self.kept}
 
 
-def record(run: Run, regime: Regime, *, first_step: bool = False) -> Recording:
+def record(
+    run: Run, regime: Regime, *, first_step: bool = False, makes_gradients: bool = False
+) -> Recording:
     """Return every birth and death of one step through all layers, in order.
 
     Only as many layers are run as it takes to know what the others do.
 
     Args:
         first_step: no gradient is there yet of those that the optimizer does not have.
+        makes_gradients: it is the first micro-batch of several, which the others add to.
     """
+    now = Now(first_step, makes_gradients)
     cut = shorten(run.spec.pattern)
     if not cut.copies:
-        return record_layers(run, regime, run.spec.pattern, first_step)
-    short = record_layers(run, regime, cut.pattern, first_step)
+        return record_layers(run, regime, run.spec.pattern, now)
+    short = record_layers(run, regime, cut.pattern, now)
     try:
         log = unroll(short.log, [kind.size for kind in short.kinds], cut)
     except NotPeriodicError:
-        return record_layers(run, regime, run.spec.pattern, first_step)
+        return record_layers(run, regime, run.spec.pattern, now)
     return Recording(short.kinds, short.sites, log, short.kept, short.outside)
 
 
+class Now(NamedTuple):
+    """Which step it is, and which micro-batch."""
+
+    first_step: bool = False
+    makes_gradients: bool = False
+
+
+LATER: Final = Now()
+
+
 def record_layers(
-    run: Run, regime: Regime, pattern: tuple[int, ...], first_step: bool = False
+    run: Run, regime: Regime, pattern: tuple[int, ...], now: Now = LATER
 ) -> Recording:
     """Run one step through the layers of a pattern."""
     kinds = tuple(run.spec.kinds[index] for index in pattern)
     tape = RecordingTape(run.autocast, regime)
-    tape.first_step = first_step
-    _execute(run, tape, kinds)
+    tape.first_step = now.first_step
+    _execute(run, tape, kinds, makes_gradients=now.makes_gradients)
     log = tape.sections()
     kept = frozenset(each.storage.kind for each in tape.kept.values() if each.storage is not None)
     tape.drop_step()
@@ -180,14 +195,16 @@ def site_names(run: Run, kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
     return ("embeddings", *(kind.name for kind in kinds), "final_norm", "head", loss)
 
 
-def _execute(run: Run, tape: Tape, kinds: tuple[LayerKind, ...]) -> tuple[Live, Live]:
+def _execute(
+    run: Run, tape: Tape, kinds: tuple[LayerKind, ...], *, makes_gradients: bool = False
+) -> tuple[Live, Live]:
     """Run forward, loss and backward through some layers.
 
     Returns:
         What is alive when the model's forward pass has ended, and when backward begins.
     """
-    tape.grads_exist = run.accumulates
-    tape.gathers_gradients = run.settings.compiled and run.accumulates
+    tape.grads_exist = run.accumulates and not makes_gradients
+    tape.gathers_gradients = run.settings.compiled and tape.grads_exist
     tape.trains = not run.forward_only
     tape.caches_casts = not run.settings.compiled
     tape.update = inside_backward(run)

@@ -60,7 +60,7 @@ def _step(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> 
     Source: adam-mini, adam_mini.py, Adam_mini.step.
     """
     name: dict[str, Scratch] = {}
-    for each in in_turn(tensors):
+    for each in in_turn(tensors, step):
         if kind(each) == "weight":
             name["h"] = step.like(each, step.like(each))
             name.pop("stepsize", None)

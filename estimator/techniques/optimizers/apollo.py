@@ -45,7 +45,7 @@ def _step(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> 
     name: dict[str, Scratch] = {}
     others, linears = split_linears(tensors)
     step_in_full(step, others, name)
-    for each in in_turn(linears):
+    for each in in_turn(linears, step):
         name.pop("grad", None)
         low = _low(each, choice)
         _draw(step, each, choice)

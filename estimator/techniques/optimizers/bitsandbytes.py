@@ -69,7 +69,7 @@ def _param_norm(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoic
 
     Source: bitsandbytes, functional.py, optimizer_update_32bit.
     """
-    for each in in_turn(tensors):
+    for each in in_turn(tensors, step):
         if each.dtype.is_half:
             step.fp32(each)
 

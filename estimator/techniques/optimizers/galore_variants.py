@@ -107,9 +107,9 @@ def _step_adafactor(step: Step, tensors: tuple[Trained, ...], choice: OptimizerC
     """
     name: dict[str, Scratch] = {}
     others, linears = split_linears(tensors)
-    for each in in_turn(others):
+    for each in in_turn(others, step):
         update_in_fp32(step, each, choice, name)
-    for each in in_turn(linears):
+    for each in in_turn(linears, step):
         if each.dtype.is_half:
             name["grad"] = step.fp32(each)
         else:

@@ -54,7 +54,7 @@ def _step(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> 
     name: dict[str, Scratch] = {}
     others, linears = split_linears(tensors)
     step_in_full(step, others, name)
-    for each in in_turn(linears):
+    for each in in_turn(linears, step):
         name.pop("grad", None)
         low = projected(each, choice)
         renew(step, each, choice)
@@ -79,7 +79,7 @@ def split_linears(
 
 def step_in_full(step: Step, tensors: tuple[Trained, ...], name: dict[str, Scratch]) -> None:
     """Run Adam on what is not projected; its names live on."""
-    for each in in_turn(tensors):
+    for each in in_turn(tensors, step):
         name["denom"] = step.like(each)
         name["norm_grad"] = step.like(each)
 

@@ -30,7 +30,7 @@ def step(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> N
 
     Source: lowmem, utils.py, adafactor_step and Adafactor.step.
     """
-    for each in in_turn(tensors):
+    for each in in_turn(tensors, step):
         name: dict[str, Scratch] = {}
         if each.rows:
             name["grad_sq"] = step.like(each)

@@ -18,7 +18,7 @@ def _lion(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice) -> 
 
     Source: lion-pytorch, lion_pytorch.py, update_fn.
     """
-    for each in in_turn(tensors):
+    for each in in_turn(tensors, step):
         step.like(each, step.like(each))
 
 

@@ -46,6 +46,9 @@ class Step:
         """Allocate a list with a tensor for each trained one, as a foreach operator does."""
         return Scratch(self, tuple(each.bytes for each in tensors for _ in range(each.count)))
 
+    def begin(self, each: Trained) -> None:
+        """Hear that the turn of a tensor has come."""
+
     def born(self, sizes: tuple[int, ...]) -> int:
         """Count tensors that begin to live."""
         self._born += 1
@@ -107,8 +110,19 @@ def trainer_groups(tensors: tuple[Trained, ...]) -> Groups:
     )
 
 
-def in_turn(tensors: tuple[Trained, ...]) -> Iterator[Trained]:
-    """Yield tensors in the order of the model, layers no more than twice: the rest repeat them."""
+def in_turn(tensors: tuple[Trained, ...], step: Step | None = None) -> Iterator[Trained]:
+    """Yield tensors in the order of the model, layers no more than twice: the rest repeat them.
+
+    Args:
+        step: is told of each, where the library makes a tensor's states when its turn comes.
+    """
+    for each in _twice(tensors):
+        if step is not None:
+            step.begin(each)
+        yield each
+
+
+def _twice(tensors: tuple[Trained, ...]) -> Iterator[Trained]:
     repeated: list[Trained] = []
     for each in (*tensors, None):
         if each is not None and each.count > 1:

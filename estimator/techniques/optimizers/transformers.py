@@ -27,7 +27,7 @@ def adafactor(step: Step, tensors: tuple[Trained, ...], choice: OptimizerChoice)
     Source: hf-optimization, Adafactor.step.
     """
     name: dict[str, Scratch] = {}
-    for each in in_turn(tensors):
+    for each in in_turn(tensors, step):
         update_in_fp32(step, each, choice, name)
 
 
