@@ -207,12 +207,12 @@ def tied_head(x: Tensor, weight: Param, width: Dim, of_head: list[Tensor]) -> Te
     out = Tensor(tape, (*x.shape[:-1], width), half.dtype, None)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        into_x = node.new_grad(0, source=_SUM) if node.wants(0) else None
         if node.wants(1) and casts:
             shape, _ = node.meta_of(1)
             of_head.append(node.scratch("gradient before its cast", shape, half_type, _SUM))
         elif node.wants(1):
             of_head.extend(each for each in (grads[0], saved[0]) if each is not None)
+        into_x = node.new_grad(0, source=_SUM) if node.wants(0) else None
         return (reshaped(into_x, into_x.shape) if into_x is not None else None), None
 
     half_type = half.dtype

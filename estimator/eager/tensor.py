@@ -404,6 +404,11 @@ class Tape:
             self.allocate(tensor, name, source)
             if self.products is not None:
                 self.products.keep(operator, tensor)
+        if operator != "attention":
+            self.multiplied(tensor)
+
+    def multiplied(self, tensor: Tensor) -> None:
+        """Hear of the result of a product: with the first one, cuBLAS asks for its workspace."""
 
     def on_host(self, shape: Shape, dtype: DType) -> None:
         """Count a tensor that is copied to pinned host memory, by site and size."""
@@ -521,6 +526,7 @@ class RecordingTape(Tape):
         self._place: tuple[str, int] | None = None
         self._events: list[Event] = []
         self._log: list[tuple[str, int, list[Event]]] = []
+        self.first_product: int | None = None
 
     def born(self, kind: int) -> int:
         if self._place != (self.phase, self.site):
@@ -533,6 +539,10 @@ class RecordingTape(Tape):
 
     def died(self, kind: int, serial: int) -> None:
         self._events.append((serial, None))
+
+    def multiplied(self, tensor: Tensor) -> None:
+        if self.first_product is None and tensor.storage is not None:
+            self.first_product = tensor.storage.serial
 
     def sections(self) -> tuple[Section, ...]:
         """Return what has happened so far."""

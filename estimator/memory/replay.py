@@ -192,7 +192,8 @@ def _numbered(found: Recording, offset: int) -> Recording:
         each._replace(events=tuple((serial + offset, kind) for serial, kind in each.events))
         for each in found.log
     )
-    return Recording(found.kinds, found.sites, log, found.kept, found.outside)
+    first = found.first_product
+    return structs.replace(found, log=log, first_product=None if first is None else first + offset)
 
 
 def _replayed(recordings: Recordings, turn: Turn, card: _Card, conditions: Conditions) -> Blocks:
@@ -288,17 +289,36 @@ class _Replayer:
         allocator, sizes = self.allocator, self.sizes
         take, free = allocator.take, allocator.free
         for section in self.log:
-            self._warm(section.phase)
             most = asked = 0
+            product = self._first_product(section)
             for serial, kind in section.events:
                 if kind is None:
                     free(serial)
                     continue
                 take(serial, sizes[kind])
+                if serial == product:
+                    self._warm(section.phase)
                 if allocator.allocated_bytes > most:
                     most, asked = allocator.allocated_bytes, allocator.requested_bytes
             self._see(self._name(section.phase, section.site), most, asked)
         self._leave()
+
+    def _first_product(self, section: Section) -> int | None:
+        """Return the number of what a thread multiplies first, if it is in a section.
+
+        The backward thread does so in the head, unless the loss runs the head itself.
+        """
+        if section.phase in self.warm:
+            return None
+        recording = self.recording
+        if section.phase == "forward" and recording.first_product is not None:
+            return recording.first_product
+        head = len(recording.sites) - 2
+        if section.phase == "backward" and any(each.site == head for each in self.log):
+            made = (serial for serial, kind in section.events if kind is not None)
+            return next(made, None) if section.site == head else None
+        self._warm(section.phase)
+        return None
 
     def drop_batch(self) -> None:
         """Drop what a micro-batch has left, but for gradients, to which the next one adds."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Final, NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from estimator.dtypes import DType
 from estimator.eager import ops
@@ -118,6 +118,7 @@ class Recording(Struct, frozen=True, dict=True):
         log: what happens, in the order of time.
         kept: the kinds of tensor that outlive the step itself.
         outside: sites that no compiled graph holds: a loss that the loop computes itself.
+        first_product: the number of the first product's result.
     """
 
     kinds: tuple[TensorKind, ...]
@@ -125,6 +126,7 @@ class Recording(Struct, frozen=True, dict=True):
     log: tuple[Section, ...]
     kept: frozenset[int] = frozenset()
     outside: frozenset[int] = frozenset()
+    first_product: int | None = None
 
     @cached_property
     def left(self) -> dict[int, int]:
@@ -159,7 +161,7 @@ def record(
         log = unroll(short.log, [kind.size for kind in short.kinds], cut)
     except NotPeriodicError:
         return record_layers(run, regime, run.spec.pattern, now)
-    return Recording(short.kinds, short.sites, log, short.kept, short.outside)
+    return structs.replace(short, log=log)
 
 
 class Now(NamedTuple):
@@ -186,7 +188,7 @@ def record_layers(
     sites = site_names(run, kinds)
     in_loop = isinstance(LOSSES[run.loss], (OutsideLoss, LabelSmoothing, SampledLabels))
     outside = frozenset((len(sites) - 1,) if in_loop else ())
-    return Recording(tuple(tape.kinds), sites, log, kept, outside)
+    return Recording(tuple(tape.kinds), sites, log, kept, outside, tape.first_product)
 
 
 def site_names(run: Run, kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:

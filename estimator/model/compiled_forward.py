@@ -85,6 +85,7 @@ class Ahead(Buffers):
     def _product(self, name: str, result: str, shape: Shape) -> None:
         self.cast(name)
         self.make(result, shape)
+        self.layer.run.tape.multiplied(self.held[result])
         self.free(f"{name} cast")
 
     def _rotated_heads(self) -> None:
