@@ -43,7 +43,8 @@ from estimator.memory.lengths import (
 )
 from estimator.memory.loading import loading_assumptions, loading_moment
 from estimator.memory.loss import LOSSES, MeasuredLoss
-from estimator.memory.replay import Blocks, Conditions, Recordings, Turn, blocks
+from estimator.memory.recordings import Recordings
+from estimator.memory.replay import Blocks, Conditions, Turn, blocks
 from estimator.memory.requests import Request, requests
 from estimator.memory.standing import managed_bytes, trained_tensors
 from estimator.memory.timeline import Moment, Step, compile_step

@@ -53,15 +53,12 @@ def flash(
 
     Source: torch-derivatives, _scaled_dot_product_flash_attention.
     """
-    q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
+    v, k, q = (ops.autocast_to_half(each) for each in (v, k, q))
     out = _fused_result("attention output", q, q.shape, q.dtype, _SDPA)
     lse = _fused_result("log-sum-exp", q, (BATCH, heads.query, SEQ), F32, _SDPA)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        workspace = (buffers or _flash_workspace)(node, heads)
-        into = _gradients(node, _SDPA)
-        workspace.clear()
-        return into
+        return _gradients(node, _SDPA, lambda: (buffers or _flash_workspace)(node, heads))
 
     q.tape.record("attention", (q, k, v), (q, k, v, out, lse), rule, out)
     return out
@@ -128,18 +125,23 @@ def flash_unpadded(
     return ops.scatter(kernel(queries, keys, values, heads))
 
 
-def _gradients(node: Node, source: Cite) -> Out:
-    """The gradients of query, key and value: the kernel makes all three, wanted or not."""
-    unwanted = [
-        node.scratch("unwanted gradient", *node.meta_of(each), source)
+def _gradients(
+    node: Node, source: Cite, workspace: Callable[[], list[Tensor]] | None = None
+) -> Out:
+    """The gradients of query, key and value: the kernel makes all three, wanted or not.
+
+    Args:
+        workspace: what it makes for itself, when they are there.
+    """
+    made = [
+        node.new_grad(each, source=source)
+        if node.wants(each)
+        else node.scratch("unwanted gradient", *node.meta_of(each), source)
         for each in range(3)
-        if not node.wants(each)
     ]
-    into = tuple(
-        node.new_grad(each, source=source) if node.wants(each) else None for each in range(3)
-    )
-    unwanted.clear()
-    return into
+    held = workspace() if workspace is not None else []
+    held.clear()
+    return tuple(grad if node.wants(each) else None for each, grad in enumerate(made))
 
 
 def _flash_workspace(node: Node, heads: Heads) -> list[Tensor]:
@@ -211,7 +213,7 @@ def math(
     """
     source = Cite("torch-sdpa", "attention.cpp, _scaled_dot_product_attention_math")
     tape = q.tape
-    q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
+    v, k, q = (ops.autocast_to_half(each) for each in (v, k, q))
     enabled, tape.autocast_enabled = tape.autocast_enabled, False
     bias = None if mask is None else additive(mask, q.dtype)
     query, keys, values = (ops.cast(each, F32) for each in (q, k, v))
@@ -256,17 +258,14 @@ def efficient(
     cuda/attention.cu.
     """
     source = Cite("torch-derivatives", "_scaled_dot_product_efficient_attention")
-    q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
+    v, k, q = (ops.autocast_to_half(each) for each in (v, k, q))
     bias = None if mask is None else additive(mask, q.dtype)
     shape = (BATCH, SEQ, heads.query, heads.width)
     out = _fused_result("attention output", q, shape, q.dtype, source)
     lse = _fused_result("log-sum-exp", q, (BATCH, heads.query, SEQ), F32, source)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        workspace = efficient_workspace(node, heads)
-        into = _gradients(node, source)
-        workspace.clear()
-        return into
+        return _gradients(node, source, lambda: efficient_workspace(node, heads))
 
     q.tape.record("attention", (q, k, v), (q, k, v, bias, out, lse), rule, out)
     return out
@@ -300,14 +299,22 @@ def math_causal(q: Tensor, k: Tensor, v: Tensor, heads: Heads, p: float = 0.0) -
     grouped heads to FlashAttention only, which takes no fp32.
     """
     source = Cite("torch-sdpa", "attention.cpp, _scaled_dot_product_attention_math")
-    mask = q.tape.new("causal mask as float", (SEQ, SEQ), q.dtype, source)
+    scaled = ops.scale(q, "scaled query")
+    ones = q.tape.new("ones", (SEQ, SEQ), DType.BOOL, source)
+    lower = q.tape.new("causal mask", (SEQ, SEQ), DType.BOOL, source)
+    del ones
+    mask = additive(lower, q.dtype)
+    del lower
+    # Mask and repeated keys have names there that live until the end.
     keys, values = repeat_heads(k, heads), repeat_heads(v, heads)
-    scaled, keys = ops.scale(q, "scaled query"), ops.scale(keys, "scaled keys")
-    weights = _safe_softmax(ops.matmul(scaled, keys, scores(heads), "scores"))
-    del mask
+    product = ops.matmul(scaled, ops.scale(keys, "scaled keys"), scores(heads), "scores")
+    weights = _safe_softmax(product)
+    del product
     weights = ops.dropout(weights, p)
     shape = (BATCH, heads.query, SEQ, heads.width)
-    return ops.matmul(weights, values, shape, "attention output")
+    out = ops.matmul(weights, values, shape, "attention output")
+    del mask, keys
+    return out
 
 
 def additive(mask: Tensor, dtype: DType) -> Tensor:
@@ -334,7 +341,7 @@ def math_broadcast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: Heads) 
     Source: torch-sdpa, attention.cpp, _scaled_dot_product_attention_math and _safe_softmax.
     """
     tape = q.tape
-    q, k, v = (ops.autocast_to_half(each) for each in (q, k, v))
+    v, k, q = (ops.autocast_to_half(each) for each in (v, k, q))
     enabled, tape.autocast_enabled = tape.autocast_enabled, False
     bias = additive(mask, q.dtype)
     query_acc, key_acc, value_acc = (ops.cast(each, F32) for each in (q, k, v))

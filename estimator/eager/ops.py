@@ -1,11 +1,15 @@
 """Operators: what each allocates, what it saves for backward, and what its backward allocates.
 
 Each function is one operator of torch as CUDA runs it, autocast included. What is saved is what
-`derivatives.yaml` names in the operator's backward formula.
+`derivatives.yaml` names in the operator's backward formula. Backward makes the gradients of an
+operator's inputs in the alphabetical order of their names there: `mat2` or `other` before `self`.
+
+Source: torchgen, packaged/autograd/load_derivatives.py, create_differentiability_info.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, Union
 
 from estimator.dtypes import DType, promote
@@ -195,8 +199,8 @@ def mul(x: Operand, y: Operand, name: str = "mul", tape: Tape | None = None) -> 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         (grad,) = grads
         assert grad is not None
-        first = _product(node, 0, grad, saved[1]) if node.wants(0) else None
         second = _product(node, 1, grad, saved[0]) if node.wants(1) else None
+        first = _product(node, 0, grad, saved[1]) if node.wants(0) else None
         return first, second
 
     saved = (x if y.requires_grad else None, y if x.requires_grad else None)
@@ -304,6 +308,30 @@ def copy(x: Tensor, shape: Shape | None = None, name: str = "contiguous copy") -
         return (grad,)
 
     x.tape.record(name, (x,), (), rule, out)
+    return out
+
+
+def split_heads(x: Tensor, shape: Shape, copies: Callable[[], bool] = lambda: True) -> Tensor:
+    """A view between rows and heads whose gradient does not lie as a view of it would need.
+
+    It lies head by head where it is the sum of a rotation's two halves, of which one was filled
+    into zeros; behind attention in plain products it lies by token. Backward writes it out anew.
+
+    Args:
+        copies: whether it does so, as far as is known when backward comes.
+
+    Source: torch-autograd, the gradient of a view is reshaped.
+    """
+    out = Tensor(x.tape, shape, x.dtype, x.storage, base=x.base or x)
+
+    def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
+        (grad,) = grads
+        assert grad is not None
+        if not copies():
+            return (reshaped(grad, node.meta_of(0)[0]),)
+        return (node.new_grad(0, source=_derivative("view")),)
+
+    x.tape.record("view", (x,), (), rule, out)
     return out
 
 
@@ -418,18 +446,22 @@ def linear(
     Under autocast x is cast once for each call, the weight as `autocast_weight` says.
     """
     tape = x.tape
-    half = autocast_to_half(x)
+    # Autocast's wrapper casts its arguments in one call, the last of them first.
+    vector = autocast_weight(tape, bias) if bias is not None else None
     if isinstance(weight, Tensor):
         matrix: Operand = autocast_to_half(weight)
     else:
         matrix = autocast_weight(tape, weight, caches=caches)
-    vector = autocast_weight(tape, bias) if bias is not None else None
+    half = autocast_to_half(x)
     out = Tensor(tape, (*x.shape[:-1], out_dim), half.dtype, None)
+
+    # mm has self and mat2, addmm mat1, mat2 and self.
+    order = (1, 0) if bias is None else (0, 1)
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
         source = _derivative("mm")
-        into_x = node.new_grad(0, source=source) if node.wants(0) else None
-        into_weight = node.new_grad(1, source=source) if node.wants(1) else None
+        made = {each: node.new_grad(each, source=source) for each in order if node.wants(each)}
+        into_x, into_weight = made.pop(0, None), made.pop(1, None)
         into_bias = node.new_grad(2, source=source) if node.wants(2) else None
         if into_x is not None:
             # 3-D inputs are flattened around the product, so this gradient is a view.
@@ -454,8 +486,8 @@ def matmul(x: Tensor, y: Tensor, shape: Shape, name: str) -> Tensor:
     out = x.tape.new(name, shape, left.dtype, _derivative("bmm"))
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        first = node.new_grad(0) if node.wants(0) else None
         second = node.new_grad(1) if node.wants(1) else None
+        first = node.new_grad(0) if node.wants(0) else None
         return first, second
 
     saved = (left if right.requires_grad else None, right if left.requires_grad else None)
@@ -508,9 +540,8 @@ def embedding(ids: Tensor, weight: Operand, width: Dim) -> Tensor:
     out = ids.tape.new("output", (*shape, width), weight.dtype, _derivative("embedding"))
 
     def rule(node: Node, grads: Grads, saved: list[Any]) -> Out:
-        workspace = _embedding_workspace(node, shape, width)
         grad = node.new_grad(0, source=_derivative("embedding_dense_backward"))
-        workspace.clear()
+        _embedding_workspace(node, shape, width).clear()
         return (grad,)
 
     ids.tape.record("embedding", (weight,), (ids,), rule, out)

@@ -12,7 +12,7 @@ from estimator.eager import attention, compiled, foak, liger, ops, unsloth
 from estimator.eager.attention import MASK, PREFIXED_MASK, Heads
 from estimator.eager.checkpoint import Checkpointing, checkpoint
 from estimator.eager.ops import F32
-from estimator.eager.size import BATCH, ONE, SECOND, SEQ, Dim, dim
+from estimator.eager.size import BATCH, ONE, SECOND, SEQ, Dim, Shape, dim
 from estimator.eager.tensor import Edge, Param, Tape, Tensor, view
 from estimator.errors import UnsupportedCombinationError, UnsupportedModelError
 from estimator.model.spec import Embedding, LayerKind, Linear, ModelSpec, Module, Norm, Weight
@@ -111,6 +111,7 @@ class Forward:
         self.attention_weights: Tensor | None = None
         self.input_requires_grad = False
         self.checkpointing: Checkpointing | None = None
+        self.attends_by_products = False
         # The mask that a compiled backward makes in the last layer and lets go of in the first.
         self.backward_mask: list[Tensor] = []
         # The one that a compiled forward makes in the first, and what the last layer has added up.
@@ -360,6 +361,22 @@ class Forward:
         sin = self.tape.new(f"{name} sin", shape, self.dtype, source)
         self.rotary[name] = (cos, sin)
 
+    def heads(self, x: Tensor, shape: Shape) -> Tensor:
+        """Return queries or keys as heads that will be rotated: [b, s, H, d].
+
+        Source: hf-modeling, llama/modeling_llama.py, LlamaAttention.forward; torch-autograd, the
+        gradient of a view is reshaped.
+        """
+        how = self.settings
+        in_place = how.compiled or how.liger or how.foak or how.unsloth
+        return view(x, shape) if in_place or shape[2].value == 1 else ops.split_heads(x, shape)
+
+    def value_heads(self, x: Tensor, shape: Shape) -> Tensor:
+        """Return values as heads; their gradient lies head by head behind plain products only."""
+        if self.settings.compiled or shape[2].value == 1:
+            return view(x, shape)
+        return ops.split_heads(x, shape, lambda: self.attends_by_products)
+
     def rotate(self, q: Tensor, k: Tensor, name: str = "rotary") -> tuple[Tensor, Tensor]:
         """Apply rotary positions to queries and keys.
 
@@ -442,6 +459,9 @@ class Forward:
         else:
             out = self._kernel(kind, q, k, v, mask, p)
         if out.shape[1] is not SEQ:
+            if self.tape.regime.several_rows:
+                # Its gradient lies by token, and what it is multiplied with, head by head.
+                out = ops.split_heads(out, out.shape)
             out = ops.copy(out, (BATCH, SEQ, kind.heads.query, kind.heads.width), "output by token")
         return view(out, (BATCH, SEQ, dim("H·d", kind.heads.query.value * kind.heads.width.value)))
 
@@ -469,6 +489,7 @@ class Forward:
     ) -> Tensor:
         heads = kind.heads
         if self.settings.attention == "eager":
+            self.attends_by_products = True
             out, self.attention_weights = kind.eager(q, k, v, mask, heads, p)
             return out
         if self.settings.attention == "flex_attention":
@@ -492,6 +513,7 @@ class Forward:
             return attention.flash(q, k, v, heads)
         if heads.groups == 1:
             return attention.efficient(q, k, v, None, heads)
+        self.attends_by_products = True
         return attention.math_causal(q, k, v, heads, p)
 
     def _flash(self, dtype: DType, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
@@ -536,6 +558,7 @@ class Forward:
         if mask is not None:
             k, v = (attention.repeat_heads(each, heads) for each in (k, v))
         if name == "math":
+            self.attends_by_products = True
             return attention.math(q, k, v, mask, heads, p)
         if name == "efficient" and (mask is not None or heads.groups == 1):
             return attention.efficient(q, k, v, mask, heads)

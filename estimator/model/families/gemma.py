@@ -9,7 +9,7 @@ from msgspec import Struct
 from estimator.dtypes import DType
 from estimator.eager import attention, ops
 from estimator.eager.size import BATCH, ONE, SEQ, Dim, dim
-from estimator.eager.tensor import Tensor, view
+from estimator.eager.tensor import Tensor
 from estimator.errors import UnsupportedModelError
 from estimator.model.config import Config
 from estimator.model.families.llama import rotary_buffers
@@ -57,9 +57,9 @@ class Gemma(Struct, frozen=True):
         """
         query = (BATCH, SEQ, kind.heads.query, kind.heads.width)
         shared = (BATCH, SEQ, kind.heads.key_value, kind.heads.width)
-        q = view(run.linear(hidden, "self_attn.q_proj"), query)
-        k = view(run.linear(hidden, "self_attn.k_proj"), shared)
-        v = view(run.linear(hidden, "self_attn.v_proj"), shared)
+        q = run.heads(run.linear(hidden, "self_attn.q_proj"), query)
+        k = run.heads(run.linear(hidden, "self_attn.k_proj"), shared)
+        v = run.value_heads(run.linear(hidden, "self_attn.v_proj"), shared)
         if run.has("self_attn.q_norm"):
             q = run.centered_rms_norm(q, "self_attn.q_norm")
             k = run.centered_rms_norm(k, "self_attn.k_norm")

@@ -7,7 +7,7 @@ from typing import Any
 from estimator.dtypes import DType
 from estimator.eager import attention
 from estimator.eager.size import BATCH, SEQ, Dim, dim
-from estimator.eager.tensor import Tensor, view
+from estimator.eager.tensor import Tensor
 from estimator.model.config import Config
 from estimator.model.forward import Forward
 from estimator.model.spec import Buffer, Embedding, LayerKind, Linear, ModelSpec, Norm
@@ -45,13 +45,13 @@ class Llama:
         """
         query = (BATCH, SEQ, kind.heads.query, kind.heads.width)
         shared = (BATCH, SEQ, kind.heads.key_value, kind.heads.width)
-        q = view(run.linear(hidden, "self_attn.q_proj"), query)
+        q = run.heads(run.linear(hidden, "self_attn.q_proj"), query)
         if run.has("self_attn.q_norm"):
             q = run.rms_norm(q, "self_attn.q_norm")
-        k = view(run.linear(hidden, "self_attn.k_proj"), shared)
+        k = run.heads(run.linear(hidden, "self_attn.k_proj"), shared)
         if run.has("self_attn.k_norm"):
             k = run.rms_norm(k, "self_attn.k_norm")
-        v = view(run.linear(hidden, "self_attn.v_proj"), shared)
+        v = run.value_heads(run.linear(hidden, "self_attn.v_proj"), shared)
         q, k = run.rotate(q, k)
         out = run.attend(kind, q, k, v, kind.facts["attention_dropout"])
         return run.linear(out, "self_attn.o_proj")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from estimator.eager import ops
 from estimator.eager.size import BATCH, SEQ, Dim, dim
-from estimator.eager.tensor import Tensor, view
+from estimator.eager.tensor import Tensor
 from estimator.model.config import Config
 from estimator.model.families.llama import rotary_buffers
 from estimator.model.forward import Forward
@@ -53,9 +53,9 @@ class Starcoder2:
         """
         query = (BATCH, SEQ, kind.heads.query, kind.heads.width)
         shared = (BATCH, SEQ, kind.heads.key_value, kind.heads.width)
-        q = view(run.linear(hidden, "self_attn.q_proj"), query)
-        k = view(run.linear(hidden, "self_attn.k_proj"), shared)
-        v = view(run.linear(hidden, "self_attn.v_proj"), shared)
+        q = run.heads(run.linear(hidden, "self_attn.q_proj"), query)
+        k = run.heads(run.linear(hidden, "self_attn.k_proj"), shared)
+        v = run.value_heads(run.linear(hidden, "self_attn.v_proj"), shared)
         q, k = run.rotate(q, k)
         out = run.attend(kind, q, k, v, kind.facts["attention_dropout"])
         out = run.linear(out, "self_attn.o_proj")

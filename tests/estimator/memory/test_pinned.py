@@ -51,9 +51,11 @@ def test_what_cannot_be_given_back_does_not_depend_on_the_card(run):
 def test_states_that_are_made_where_the_first_logits_were_keep_their_segments_from_later_ones():
     """The first step of AdamW finds the freed logits; the second step needs others."""
     recipe = {"model": QWEN, "activation_checkpointing": "full"}
-    peak = estimate({**recipe, "micro_batch_size": 2, "seq_len": 512}).peak
+    peak = estimate({**recipe, "micro_batch_size": 4, "seq_len": 512}).peak
     context = peak.device_used_bytes.expected - peak.reserved_bytes.expected
-    assert peak.needed_bytes.expected - context > 1.2 * peak.allocated_bytes.expected
+    # The dry run allocates 6.953 GiB, and 8.822 GiB lie in segments with something in them.
+    pinned, allocated = peak.needed_bytes.expected - context, peak.allocated_bytes.expected
+    assert pinned / allocated == pytest.approx(8.822 / 6.953, rel=0.03)
 
 
 def test_a_card_on_which_the_replay_runs_out_is_not_said_to_fit():

@@ -10,7 +10,8 @@ from msgspec import structs
 from estimator import pipeline
 from estimator.eager.size import powers
 from estimator.memory.caching_allocator import AllocatorSettings
-from estimator.memory.replay import Blocks, Conditions, Recordings, Turn, blocks
+from estimator.memory.recordings import Recordings
+from estimator.memory.replay import Blocks, Conditions, Turn, blocks
 from estimator.request import parse_request
 from estimator.service import estimate
 from estimator.units import MiB
