@@ -2,9 +2,8 @@
 
 Each function is one operator of torch as CUDA runs it, autocast included. What is saved is what
 `derivatives.yaml` names in the operator's backward formula. Backward makes the gradients of an
-operator's inputs in the alphabetical order of their names there: `mat2` or `other` before `self`.
-
-Source: torchgen, packaged/autograd/load_derivatives.py, create_differentiability_info.
+operator's inputs in the alphabetical order of their names there, in which torch's generator of code
+(torchgen, load_derivatives.py) reads them: `mat2` or `other` before `self`.
 """
 
 from __future__ import annotations
