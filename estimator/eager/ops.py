@@ -319,7 +319,7 @@ def split_heads(x: Tensor, shape: Shape, copies: Callable[[], bool] = lambda: Tr
     Args:
         copies: whether it does so, as far as is known when backward comes.
 
-    Source: torch-autograd, the gradient of a view is reshaped.
+    Source: torch-derivatives, view.
     """
     out = Tensor(x.tape, shape, x.dtype, x.storage, base=x.base or x)
 
