@@ -68,6 +68,8 @@ UNBOUNDED_ADDRESS_SPACE: Final = 4096 * GiB
 EventKind = Literal["alloc", "free", "free_requested", "free_completed", "empty_cache"]
 SegmentEventKind = Literal["segment_alloc", "segment_free", "segment_map", "segment_unmap"]
 BlockState = Literal["active_allocated", "active_awaiting_free", "inactive"]
+# A key, and the bytes that are asked for under it; None gives its block back.
+Call = tuple[Hashable, int | None]
 
 
 class AllocatorSettings(Struct, frozen=True):
@@ -365,25 +367,25 @@ class _Pool:
         else:
             del self.unmapped[bisect_left(self.unmapped, (block.address,))]
 
-    def absorb(self, block: _Block) -> None:
-        """Merge the free neighbours into `block`, which is in no list at this time.
+    def widen(self, room: _Block) -> None:
+        """Merge the unmapped neighbours into unmapped room, which is in no list at this time.
 
         Source: torch-caching-allocator, try_merge_blocks.
         """
-        before, after = block.previous, block.next
-        if before is not None and before.state == "inactive" and before.mapped is block.mapped:
+        before, after = room.previous, room.next
+        if before is not None and not before.mapped:
             self.remove(before)
-            block.address = before.address
-            block.size += before.size
-            block.previous = before.previous
-            if block.previous is not None:
-                block.previous.next = block
-        if after is not None and after.state == "inactive" and after.mapped is block.mapped:
+            room.address = before.address
+            room.size += before.size
+            room.previous = before.previous
+            if room.previous is not None:
+                room.previous.next = room
+        if after is not None and not after.mapped:
             self.remove(after)
-            block.size += after.size
-            block.next = after.next
-            if block.next is not None:
-                block.next.previous = block
+            room.size += after.size
+            room.next = after.next
+            if room.next is not None:
+                room.next.previous = room
 
 
 class CachingAllocator:
@@ -419,11 +421,14 @@ class CachingAllocator:
         self._synchronized: set[Hashable] = set()
         self._segment_events: list[SegmentEvent] = []
         self._next_address = FIRST_ADDRESS
+        self._has_pages = False
+        # What is left of merged blocks serves as the next that are split off.
+        self._spare: list[_Block] = []
         self.allocated_bytes = self.requested_bytes = 0
         self._reserved = self._waiting = 0
         # Of what is reserved, segments in which nothing is in use.
         self._idle = 0
-        self._peak_requested = self._peak_allocated = self._peak_active = 0
+        self._peak_requested = self._peak_allocated = self._peak_active = self._peak_pinned = 0
         self._num_segments = self._num_alloc_retries = 0
         self.reset_peaks()
 
@@ -458,6 +463,7 @@ class CachingAllocator:
         self.reset_peaks()
 
     def _adopt_expandable(self, pool: _Pool, pieces: Sequence[Segment], base: int) -> None:
+        self._has_pages = True
         page = self._page_bytes(pool)
         pages = _AddressRange(base, page)
         last: _Block | None = None
@@ -532,42 +538,11 @@ class CachingAllocator:
     def take(self, key: Hashable, size_bytes: int, stream: int = 0) -> None:
         """Hand out a block under `key`.
 
-        An estimate passes here tens of thousands of times, so that calls are few.
-
         Raises:
             ValueError: the key is in use, or the size is negative.
             OutOfMemory: nothing more can be released, and it still does not fit.
-
-        Source: torch-caching-allocator, malloc.
         """
-        if key in self._live or key in self._pending:
-            raise ValueError(f"key {key!r} is still allocated; free it before it is used again")
-        if size_bytes <= 0:
-            if size_bytes < 0:
-                raise ValueError(f"cannot allocate {size_bytes} bytes")
-            self._live[key] = None
-            return
-        if self.settings.roundup_power2_divisions:
-            size = round_size(size_bytes, self.settings)
-        else:
-            size = -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
-        is_small = size <= SMALL_REQUEST_BYTES
-        pool = self._pools.get((stream, is_small)) or self._pool(stream, is_small=is_small)
-        block = self._best_fit(pool, size) or self._fresh_or_released(pool, size)
-        if block.size > size and self._should_split(block, size):
-            self._split(block, size)
-        block.state = "active_allocated"
-        block.key = key
-        block.requested = size_bytes
-        self._live[key] = block
-        self.requested_bytes += size_bytes
-        self.allocated_bytes += block.size
-        if self.requested_bytes > self._peak_requested:
-            self._peak_requested = self.requested_bytes
-        if self.allocated_bytes > self._peak_allocated:
-            self._peak_allocated = self.allocated_bytes
-        if self._waiting and self.allocated_bytes + self._waiting > self._peak_active:
-            self._peak_active = self.allocated_bytes + self._waiting
+        self.serve(((key, size_bytes),), stream)
 
     def free(self, key: Hashable) -> None:
         """Take the block of `key` back and make it available at once.
@@ -575,16 +550,141 @@ class CachingAllocator:
         Raises:
             ValueError: the key is not allocated.
         """
-        block = self._drop(key)
-        if block is not None:
-            self._recycle(block)
+        self.serve(((key, None),))
+
+    def serve(self, calls: Iterable[Call], stream: int = 0) -> tuple[int, int]:
+        """Hand out blocks and take them back, one after the other.
+
+        An estimate passes hundreds of thousands of calls through here, so that what happens to all
+        of them stands in one loop, with the counters at hand.
+
+        Args:
+            calls: in the order of time.
+            stream: of what is asked for.
+
+        Returns:
+            The most that was handed out behind any of the requests, and what was asked for then
+            [bytes].
+
+        Raises:
+            ValueError: a key is in use or not allocated, or a size is negative.
+            OutOfMemory: nothing more can be released, and it still does not fit.
+
+        Source: torch-caching-allocator, malloc, free_block, should_split.
+        """
+        live, pending, spare, settings = self._live, self._pending, self._spare, self.settings
+        small, large = self._pool(stream, is_small=True), self._pool(stream, is_small=False)
+        # Whether some blocks may not serve; the least tail that is split off, and the least request
+        # that is never split.
+        pages = settings.expandable_segments
+        choosy = pages or self._has_pages or self._max_split < sys.maxsize
+        in_steps = bool(settings.roundup_power2_divisions)
+        least_large = MIN_BLOCK_BYTES if pages else SMALL_REQUEST_BYTES + 1
+        unsplit = sys.maxsize if pages else self._max_split
+        allocated, requested, idle = self.allocated_bytes, self.requested_bytes, self._idle
+        most = asked_at_most = 0
+        try:
+            for key, asked in calls:
+                if asked is None:
+                    try:
+                        block = live.pop(key)
+                    except KeyError:
+                        raise ValueError(f"key {key!r} is not allocated") from None
+                    if block is None:
+                        continue
+                    size = block.size
+                    allocated -= size
+                    requested -= block.requested
+                    free, before, after = block.pool.free, block.previous, block.next
+                    if after is not None and after.state == "inactive" and after.mapped:
+                        del free[bisect_left(free, (after.size, after.address))]
+                        size += after.size
+                        spare.append(after)
+                        after = block.next = after.next
+                        if after is not None:
+                            after.previous = block
+                    if before is not None and before.state == "inactive" and before.mapped:
+                        del free[bisect_left(free, (before.size, before.address))]
+                        size += before.size
+                        block.address = before.address
+                        spare.append(before)
+                        before = block.previous = before.previous
+                        if before is not None:
+                            before.next = block
+                    block.size = size
+                    block.state = "inactive"
+                    insort(free, (size, block.address, block))
+                    if before is None and after is None and block.expandable is None:
+                        idle += size
+                    continue
+                if key in live or (pending and key in pending):
+                    raise ValueError(
+                        f"key {key!r} is still allocated; free it before it is used again"
+                    )
+                if asked <= 0:
+                    if asked < 0:
+                        raise ValueError(f"cannot allocate {asked} bytes")
+                    live[key] = None
+                    continue
+                if in_steps:
+                    size = round_size(asked, settings)
+                else:
+                    size = (asked + MIN_BLOCK_BYTES - 1) & -MIN_BLOCK_BYTES
+                if size <= SMALL_REQUEST_BYTES:
+                    pool, least = small, MIN_BLOCK_BYTES
+                else:
+                    pool, least = large, least_large
+                free = pool.free
+                at = self._fitting(free, size) if choosy else bisect_left(free, (size,))
+                if at < len(free):
+                    block = free.pop(at)[2]
+                    if block.next is None and block.previous is None and block.expandable is None:
+                        idle -= block.size
+                        if self._reserved - idle > self._peak_pinned:
+                            self._peak_pinned = self._reserved - idle
+                else:
+                    self._count(allocated, requested, idle, most)
+                    try:
+                        block = self._fresh_or_released(pool, size)
+                    finally:
+                        requested, idle = self.requested_bytes, self._idle
+                left = block.size - size
+                if left >= least and size < unsplit:
+                    tail = spare.pop() if spare else _Block(0, 0, pool)
+                    tail.address = address = block.address + size
+                    tail.size = left
+                    tail.pool = pool
+                    tail.expandable = block.expandable
+                    tail.previous = block
+                    tail.next = after = block.next
+                    if after is not None:
+                        after.previous = tail
+                    block.next = tail
+                    block.size = size
+                    insort(free, (left, address, tail))
+                block.state = "active_allocated"
+                block.key = key
+                block.requested = asked
+                live[key] = block
+                requested += asked
+                allocated += block.size
+                if allocated > most:
+                    most, asked_at_most = allocated, requested
+                if requested > self._peak_requested:
+                    self._peak_requested = requested
+        finally:
+            self._count(allocated, requested, idle, most)
+        return most, asked_at_most
 
     def request_free(self, key: Hashable) -> None:
         """Take the block of `key` back while another stream still reads it (`record_stream`)."""
-        block = self._drop(key)
+        if key not in self._live:
+            raise ValueError(f"key {key!r} is not allocated")
+        block = self._live.pop(key)
         if block is not None:
             block.state = "active_awaiting_free"
             self._pending[key] = block
+            self.allocated_bytes -= block.size
             self._waiting += block.size
 
     def complete_free(self, key: Hashable) -> None:
@@ -596,7 +696,7 @@ class CachingAllocator:
             ValueError: the block was not asked to be freed.
         """
         if key in self._pending:
-            self._recycle(self._arrived(key))
+            self._arrive(key)
         elif key in self._synchronized:
             self._synchronized.remove(key)
         else:
@@ -608,7 +708,7 @@ class CachingAllocator:
         Source: torch-caching-allocator, release_cached_blocks, release_blocks.
         """
         for key in list(self._pending):
-            self._recycle(self._arrived(key))
+            self._arrive(key)
             self._synchronized.add(key)
         for is_small in (False, True):
             for stream in sorted(stream for stream, small in self._pools if small is is_small):
@@ -668,61 +768,43 @@ class CachingAllocator:
             self._see_pinned()
         self._segment_events.append(SegmentEvent(kind, address, size, stream))
 
-    def _drop(self, key: Hashable) -> _Block | None:
-        try:
-            block = self._live.pop(key)
-        except KeyError:
-            raise ValueError(f"key {key!r} is not allocated") from None
-        if block is not None:
-            self.allocated_bytes -= block.size
-        return block
-
-    def _arrived(self, key: Hashable) -> _Block:
-        """Return the block that no stream reads any more."""
+    def _arrive(self, key: Hashable) -> None:
+        """Take back the block of `key`, which no stream reads any more."""
         block = self._pending.pop(key)
         self._waiting -= block.size
-        return block
+        self._make_available(block)
 
-    def _recycle(self, block: _Block) -> None:
-        """Merge a block with its free neighbours and put it into its pool.
+    def _make_available(self, block: _Block) -> None:
+        """Put a block that is no longer allocated, or new, among the free ones."""
+        self._live[block] = block
+        self.allocated_bytes += block.size
+        self.free(block)
 
-        Source: torch-caching-allocator, free_block.
-        """
-        self.requested_bytes -= block.requested
-        block.state = "inactive"
-        block.key = None
-        block.requested = 0
-        pool = block.pool
-        pool.absorb(block)
-        insort(pool.free, (block.size, block.address, block))
-        if block.previous is None and block.next is None and block.expandable is None:
-            self._idle += block.size
+    def _count(self, allocated: int, requested: int, idle: int, most: int) -> None:
+        """Set the counters, of which the first has risen to `most`."""
+        self.allocated_bytes, self.requested_bytes, self._idle = allocated, requested, idle
+        if most > self._peak_allocated:
+            self._peak_allocated = most
+        if self._waiting and most + self._waiting > self._peak_active:
+            self._peak_active = most + self._waiting
 
-    def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
-        """Take the smallest free block that holds `size` out of the pool, if one may serve.
+    def _fitting(self, free: list[tuple[int, int, _Block]], size: int) -> int:
+        """Return the place of the smallest free block that may serve, or the number of them.
 
         Source: torch-caching-allocator, get_free_block.
         """
-        free = pool.free
         at = bisect_left(free, (size,))
         if at == len(free):
-            return None
-        block = free[at][2]
-        if block.expandable:
+            return at
+        if free[at][2].expandable:
             at = self._best_expandable(free, at)
             if at == len(free):
-                return None
-            block = free[at][2]
+                return at
         if size < self._max_split:
-            if block.size >= self._max_split:
-                return None
-        elif block.size >= size + self.settings.max_non_split_rounding_bytes:
-            return None
-        del free[at]
-        if block.previous is None and block.next is None and block.expandable is None:
-            self._idle -= block.size
-            self._see_pinned()
-        return block
+            suits = free[at][0] < self._max_split
+        else:
+            suits = free[at][0] < size + self.settings.max_non_split_rounding_bytes
+        return at if suits else len(free)
 
     def _see_pinned(self) -> None:
         pinned = self._reserved - self._idle
@@ -746,22 +828,6 @@ class CachingAllocator:
         ):
             at += 1
         return at
-
-    def _should_split(self, block: _Block, size: int) -> bool:
-        """Whether the tail of the block goes back to the pool.
-
-        Source: torch-caching-allocator, should_split.
-        """
-        tail = block.size - size
-        if block.pool.is_small or self.settings.expandable_segments:
-            return tail >= MIN_BLOCK_BYTES
-        return size < self._max_split and tail > SMALL_REQUEST_BYTES
-
-    def _split(self, block: _Block, size: int) -> None:
-        left, pool = block.size - size, block.pool
-        tail = _Block(block.address + size, left, pool, block.expandable, block)
-        block.size = size
-        insort(pool.free, (left, tail.address, tail))
 
     def _fresh_or_released(self, pool: _Pool, size: int) -> _Block:
         """Take new memory from the driver, releasing more and more of the cache to get it.
@@ -839,6 +905,7 @@ class CachingAllocator:
             start = before if before is not None and before.state == "inactive" else unmapped
             if _has_room(start, size):
                 return start
+        self._has_pages = True
         page = self._page_bytes(pool)
         room = self._room_bytes(page, size)
         base = self._address_space(room)
@@ -878,9 +945,8 @@ class CachingAllocator:
             rest.mapped = False
             pool.add(rest)
             block.size = mapped
-        block.mapped = True
-        pool.absorb(block)
-        pool.add(block)
+        block.mapped, block.requested = True, 0
+        self._make_available(block)
         return True
 
     def _release_oversize(self, pool: _Pool, size: int) -> bool:
@@ -945,7 +1011,7 @@ class CachingAllocator:
             tail = _Block(end, after, pool, pages, block)
             pool.add(tail)
         block.address, block.size, block.mapped = begin, end - begin, False
-        pool.absorb(block)
+        pool.widen(block)
         self._count_reserved("segment_unmap", begin, end - begin, pool.stream)
         if block.previous is not None or block.next is not None:
             pool.add(block)
@@ -995,7 +1061,9 @@ def _describe(run: Sequence[_Block]) -> Segment:
         is_small=head.pool.is_small,
         is_expandable=head.expandable is not None,
         blocks=tuple(
-            Block(block.address, block.size, block.requested, block.state, block.key)
+            Block(block.address, block.size, 0, "inactive", None)
+            if block.state == "inactive"
+            else Block(block.address, block.size, block.requested, block.state, block.key)
             for block in run
         ),
     )

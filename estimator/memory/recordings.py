@@ -8,7 +8,9 @@ from typing import Final
 from msgspec import structs
 
 from estimator.eager.tensor import Regime
+from estimator.memory.caching_allocator import Call
 from estimator.memory.hessian_pass import hessian_pass
+from estimator.memory.loading import added, loading
 from estimator.memory.loss import LOSSES
 from estimator.memory.optimizer_log import OptimizerLog, optimizer_log
 from estimator.memory.outside_loss import OutsideLoss
@@ -21,12 +23,29 @@ _ANOTHER: Final = 1 << 60
 
 
 class Recordings:
-    """The passes of a run's steps by their regime; each is recorded once."""
+    """The passes of a run's steps by their regime, and what is before them; each is found once."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._first: dict[Regime, tuple[Pass, ...]] = {}
         self._steady: dict[Regime, tuple[Pass, ...]] = {}
+
+    @cached_property
+    def loading(self) -> tuple[tuple[Call, ...], ...]:
+        """What making the model asks for; between the parts the cache is emptied."""
+        parts: list[list[Call]] = [[]]
+        for serial, _, _, size in loading(self.run):
+            if serial < 0:
+                parts.append([])
+            else:
+                parts[-1].append((("loaded", serial), size))
+        return tuple(tuple(part) for part in parts)
+
+    @cached_property
+    def added(self) -> tuple[Call, ...]:
+        """What is there beside the model before the first step."""
+        sizes = (size for _, size in added(self.run))
+        return tuple((("added", number), size) for number, size in enumerate(sizes))
 
     @cached_property
     def update(self) -> OptimizerLog:

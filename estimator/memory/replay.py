@@ -7,24 +7,25 @@ step after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Final, NamedTuple
 
 from msgspec import Struct, structs
 
 from estimator.dtypes import DType
 from estimator.eager.size import Polynomial, asked_bytes, elements
-from estimator.eager.tensor import Regime, Section, TensorKind
+from estimator.eager.tensor import Regime, TensorKind
 from estimator.memory.buffer_reuse import planned
 from estimator.memory.caching_allocator import (
     DEFAULT_SETTINGS,
     AllocatorSettings,
     CachingAllocator,
+    Call,
     OutOfMemory,
 )
 from estimator.memory.clipping import clipping_temporaries
 from estimator.memory.hessian_pass import HESSIAN
-from estimator.memory.loading import LOADING, added, loading
+from estimator.memory.loading import LOADING
 from estimator.memory.optimizer_log import StepEvent
 from estimator.memory.recordings import Recordings
 from estimator.memory.standing import (
@@ -34,7 +35,6 @@ from estimator.memory.standing import (
     tensors_with_states,
 )
 from estimator.memory.trace import Recording
-from estimator.model.loading import Event
 from estimator.run import Run
 
 
@@ -134,18 +134,21 @@ def _replayed(recordings: Recordings, turn: Turn, card: _Card, conditions: Condi
     # A step that comes after another is a steady one.
     turns = (*(conditions.earlier or (turn,)), turn)
     replayer = _Replayer(run, card, conditions.settings)
-    replayer.load(loading(run))
-    replayer.add(size for _, size in added(run))
-    update = recordings.update
-    clipping = clipping_temporaries(run)
+    replayer.load(recordings)
+    update, clipping = recordings.update, clipping_temporaries(run)
+    known: dict[tuple[int, Polynomial], _Asked] = {}
     for number, (regime, at) in enumerate(turns):
         replayer.highest.clear()
         passes = recordings.steady(regime) if number else recordings.first(regime)
         for micro_batches, prefix in zip(passes, ("", HESSIAN), strict=False):
             for recording in micro_batches:
+                asked = known.get((id(recording), at))
+                if asked is None:
+                    asked = _asked(recording, at, compiled=run.settings.compiled)
+                    known[id(recording), at] = asked
                 replayer.drop_batch()
-                replayer.of(recording, prefix, at)
-                replayer.step()
+                replayer.prefix = prefix
+                replayer.step(asked)
             replayer.pass_through("gradient clipping", clipping)
             replayer.update(() if prefix else update.later if number else update.first)
     return replayer.found()
@@ -165,17 +168,51 @@ def first_states(run: Run) -> Iterator[tuple[str, int]]:
         yield from ((f"{name}.{score}", size) for _ in range(count) for score in IMPORTANCE)
 
 
+class _Calls(NamedTuple):
+    """What a section of a step asks for, and the name of its moment."""
+
+    phase: str
+    site: int
+    name: str
+    calls: list[Call]
+
+
+class _Asked(NamedTuple):
+    """What a recorded pass asks for at one micro-batch and length.
+
+    Args:
+        names: the number under which a tensor was asked for, if it took the place of another.
+    """
+
+    recording: Recording
+    sections: list[_Calls]
+    names: dict[int, int]
+
+
+def _asked(recording: Recording, at: Polynomial, *, compiled: bool) -> _Asked:
+    """Return a recorded pass with the sizes that its tensors have."""
+    kinds, sites = recording.kinds, recording.sites
+    sizes = [asked_bytes(each.shape, each.dtype.width, at) for each in kinds]
+    log, names = recording.log, dict[int, int]()
+    if compiled:
+        log, names = planned(log, kinds, sizes, recording.outside)
+    sections = [
+        _Calls(
+            phase,
+            site,
+            f"loss {phase}" if sites[site] == "loss" else f"{phase}: {sites[site]}",
+            [(serial, None if kind is None else sizes[kind]) for serial, kind in events],
+        )
+        for phase, site, events in log
+    ]
+    return _Asked(recording, sections, names)
+
+
 class _Replayer:
     """Feeds steps to the allocator and remembers, for each moment, its highest point.
 
     Tensors of the step are known to the allocator by their number, all else by what it is.
     """
-
-    recording: Recording
-    prefix: str
-    sizes: list[int]
-    log: tuple[Section, ...]
-    names: dict[int, int]
 
     def __init__(self, run: Run, card: _Card, settings: AllocatorSettings) -> None:
         self.run = run
@@ -184,86 +221,68 @@ class _Replayer:
         self.warm: set[str] = set()
         self.highest: dict[str, tuple[int, int]] = {}
         self.loading = (0, 0)
+        # Of names of moments.
+        self.prefix = ""
         # What is left behind a pass: gradients, and all else that has a name.
         self.gradients: list[tuple[int, TensorKind]] = []
         self.others: list[int] = []
 
-    def of(self, recording: Recording, prefix: str, at: Polynomial) -> None:
-        """Go over to another pass of a step, whose moments have names that begin with a word."""
-        self.recording, self.prefix = recording, prefix
-        kinds = recording.kinds
-        self.sizes = [asked_bytes(each.shape, each.dtype.width, at) for each in kinds]
-        self.log, self.names = recording.log, {}
-        if self.run.settings.compiled:
-            self.log, self.names = planned(recording.log, kinds, self.sizes, recording.outside)
+    def load(self, recordings: Recordings) -> None:
+        """Make the model, and what is beside it before the first step."""
+        allocator = self.allocator
+        first, *others = recordings.loading
+        self.loading = allocator.serve(first)
+        for part in others:
+            allocator.empty_cache()
+            handed, asked = allocator.serve(part)
+            if handed > self.loading[0]:
+                self.loading = (handed, asked)
+        allocator.serve(recordings.added)
 
-    def load(self, events: Iterable[Event]) -> None:
-        """Make the model."""
-        allocator, most, asked = self.allocator, 0, 0
-        for serial, _, _, size in events:
-            if serial < 0:
-                allocator.empty_cache()
-                continue
-            if size is None:
-                allocator.free(("loaded", serial))
-                continue
-            allocator.take(("loaded", serial), size)
-            if allocator.allocated_bytes > most:
-                most, asked = allocator.allocated_bytes, allocator.requested_bytes
-        self.loading = (most, asked)
-
-    def add(self, sizes: Iterable[int]) -> None:
-        """Allocate what is there beside the model before the first step."""
-        for number, size in enumerate(sizes):
-            self.allocator.take(("added", number), size)
-
-    def step(self) -> None:
+    def step(self, asked: _Asked) -> None:
         """Run forward and backward."""
-        allocator, sizes = self.allocator, self.sizes
-        take, free = allocator.take, allocator.free
-        for section in self.log:
-            most = asked = 0
-            product = self._first_product(section)
-            for serial, kind in section.events:
-                if kind is None:
-                    free(serial)
-                    continue
-                take(serial, sizes[kind])
-                if serial == product:
-                    self._warm(section.phase)
-                if allocator.allocated_bytes > most:
-                    most, asked = allocator.allocated_bytes, allocator.requested_bytes
-            self._see(self._name(section.phase, section.site), most, asked)
-        self._leave()
+        for section in asked.sections:
+            calls = self._with_workspace(asked, section)
+            self._see(section.name, *self.allocator.serve(calls))
+        self._leave(asked)
 
-    def _first_product(self, section: Section) -> int | None:
-        """Return the number of what a thread multiplies first, if it is in a section.
+    def _with_workspace(self, asked: _Asked, section: _Calls) -> list[Call]:
+        """Return what a section asks for, with a workspace of cuBLAS for a thread's first product.
 
-        The backward thread does so in the head, unless the loss runs the head itself.
+        The backward thread multiplies first in the head, unless the loss runs the head itself.
         """
-        if section.phase in self.warm:
-            return None
-        recording = self.recording
-        if section.phase == "forward" and recording.first_product is not None:
-            return recording.first_product
+        phase, recording = section.phase, asked.recording
+        if phase in self.warm:
+            return section.calls
+        workspace = (("workspace", phase), self.workspace)
         head = len(recording.sites) - 2
-        if section.phase == "backward" and any(each.site == head for each in self.log):
-            made = (serial for serial, kind in section.events if kind is not None)
-            return next(made, None) if section.site == head else None
-        self._warm(section.phase)
-        return None
+        if phase == "forward" and recording.first_product is not None:
+            product: Hashable = recording.first_product
+        elif phase == "backward" and any(each.site == head for each in asked.sections):
+            if section.site != head:
+                return section.calls
+            product = next((serial for serial, size in section.calls if size is not None), None)
+        else:
+            # Before all else, and so before the highest point is looked for.
+            self.warm.add(phase)
+            self.allocator.serve((workspace,))
+            return section.calls
+        for number, (serial, size) in enumerate(section.calls, start=1):
+            if size is not None and serial == product:
+                self.warm.add(phase)
+                return [*section.calls[:number], workspace, *section.calls[number:]]
+        return section.calls
 
     def drop_batch(self) -> None:
         """Drop what a micro-batch has left, but for gradients, to which the next one adds."""
-        for serial in self.others:
-            self.allocator.free(serial)
+        self.allocator.serve((serial, None) for serial in self.others)
         self.others = []
 
-    def _leave(self) -> None:
+    def _leave(self, asked: _Asked) -> None:
         """Remember what a pass has left."""
-        kinds = self.recording.kinds
-        for serial, kind in self.recording.left.items():
-            name = self.names.get(serial, serial)
+        kinds = asked.recording.kinds
+        for serial, kind in asked.recording.left.items():
+            name = asked.names.get(serial, serial)
             if kinds[kind].component == "gradients":
                 self.gradients.append((name, kinds[kind]))
             else:
@@ -273,20 +292,12 @@ class _Replayer:
         """Run the optimizer's step, then drop gradients and batch."""
         allocator = self.allocator
         copies = self._copy_gradients()
-        most, asked = allocator.allocated_bytes, allocator.requested_bytes
-        for key, size in events:
-            if size is None:
-                allocator.free(key)
-                continue
-            allocator.take(key, size)
-            if allocator.allocated_bytes > most:
-                most, asked = allocator.allocated_bytes, allocator.requested_bytes
-        self._see("optimizer step", most, asked)
-        for serial in copies:
-            allocator.free(("copy", serial))
+        before = allocator.allocated_bytes, allocator.requested_bytes
+        found = allocator.serve(events)
+        self._see("optimizer step", *(found if found[0] > before[0] else before))
+        allocator.serve((("copy", serial), None) for serial in copies)
         if not self.run.keeps_gradients:
-            for serial, _ in self.gradients:
-                allocator.free(serial)
+            allocator.serve((serial, None) for serial, _ in self.gradients)
         self.gradients = []
         self.drop_batch()
 
@@ -311,11 +322,9 @@ class _Replayer:
     def pass_through(self, name: str, temporaries: tuple[int, ...]) -> None:
         """Hold temporaries for a moment."""
         allocator = self.allocator
-        for number, size in enumerate(temporaries):
-            allocator.take(("temporary", number), size)
+        allocator.serve((("temporary", number), size) for number, size in enumerate(temporaries))
         self._see(name, allocator.allocated_bytes, allocator.requested_bytes)
-        for number, _ in enumerate(temporaries):
-            allocator.free(("temporary", number))
+        allocator.serve((("temporary", number), None) for number, _ in enumerate(temporaries))
 
     def found(self) -> Blocks:
         """Return what loading and the steady step showed."""
@@ -329,17 +338,7 @@ class _Replayer:
             pinned=stats.peak_pinned_bytes,
         )
 
-    def _warm(self, phase: str) -> None:
-        """Give a thread its cuBLAS workspace when it first multiplies."""
-        if phase not in self.warm:
-            self.warm.add(phase)
-            self.allocator.take(("workspace", phase), self.workspace)
-
     def _see(self, name: str, handed: int, asked: int) -> None:
         name = self.prefix + name
         if handed > self.highest.get(name, (0, 0))[0]:
             self.highest[name] = (handed, asked)
-
-    def _name(self, phase: str, site: int) -> str:
-        name = self.recording.sites[site]
-        return f"loss {phase}" if name == "loss" else f"{phase}: {name}"

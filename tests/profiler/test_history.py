@@ -150,15 +150,15 @@ def test_a_wrong_constant_of_the_model_is_found_out(monkeypatch, constant, value
     assert replay(recorded).difference is not None
 
 
-def test_a_model_that_takes_the_first_block_that_is_large_enough_is_found_out(monkeypatch):
-    def last_fit(self, pool, size):
-        fitting = [entry for entry in pool.free if entry[0] >= size]
-        if not fitting:
-            return None
-        pool.free.remove(fitting[-1])
-        return fitting[-1][2]
+def test_a_model_that_takes_the_largest_block_is_found_out(monkeypatch):
+    best_fit = caching_allocator.bisect_left
 
-    monkeypatch.setattr(caching_allocator.CachingAllocator, "_best_fit", last_fit)
+    def worst_fit(free, wanted):
+        looks_for_a_size = len(wanted) == 1
+        at = best_fit(free, wanted)
+        return len(free) - 1 if looks_for_a_size and at < len(free) else at
+
+    monkeypatch.setattr(caching_allocator, "bisect_left", worst_fit)
     assert replay(history("qlora_step")).difference is not None
 
 

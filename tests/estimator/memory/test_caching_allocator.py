@@ -411,3 +411,41 @@ def test_settings_that_upstream_refuses_are_refused(field: str, value: object) -
 def test_a_fraction_of_an_unknown_capacity_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="capacity_bytes"):
         CachingAllocator(settings=AllocatorSettings(memory_fraction=0.5))
+
+
+# -- many calls at once ------------------------------------------------------------------------
+
+
+def test_many_calls_tell_the_most_that_was_handed_out_and_what_was_asked_for_then() -> None:
+    # 43 MiB alone are charged 44, and 10 MiB behind them 10.
+    allocator = CachingAllocator()
+    calls = (("a", 43 * MiB), ("b", 10 * MiB), ("a", None), ("c", 2 * MiB), ("b", None))
+    assert allocator.serve(calls) == (54 * MiB, 53 * MiB)
+    assert allocator.serve((("c", None),)) == (0, 0)
+    assert allocator.stats.peak_allocated_bytes == 54 * MiB
+
+
+def test_calls_before_the_one_that_fails_are_counted() -> None:
+    allocator = CachingAllocator(100 * MiB)
+    allocator.malloc("read elsewhere", 30 * MiB)
+    allocator.request_free("read elsewhere")
+    calls = (("a", 44 * MiB), ("b", 20 * MiB), ("b", None), ("c", 90 * MiB))
+    with pytest.raises(OutOfMemory):
+        allocator.serve(calls)
+    stats = allocator.stats
+    # The last call released all that it could before it gave up.
+    assert (stats.allocated_bytes, stats.requested_bytes) == (44 * MiB, 44 * MiB)
+    assert (stats.reserved_bytes, stats.active_bytes) == (44 * MiB, 44 * MiB)
+    assert stats.peak_active_bytes == 94 * MiB
+    with pytest.raises(ValueError, match="not allocated"):
+        allocator.serve((("d", 2 * MiB), ("nobody", None)))
+    assert allocator.stats.requested_bytes == 46 * MiB
+
+
+def test_pages_that_come_back_hold_nothing_of_what_was_in_them() -> None:
+    allocator = CachingAllocator(settings=EXPANDABLE)
+    allocator.malloc("kept", 40 * MiB)
+    for _ in range(2):
+        allocator.serve((("a", 40 * MiB), ("a", None)))
+        allocator.empty_cache()
+        assert allocator.stats.requested_bytes == 40 * MiB
