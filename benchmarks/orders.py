@@ -26,6 +26,8 @@ from estimator.units import gib
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "orders.md"
 ORDERS: Final = 40
 SHORTEST: Final = 30
+# The share of the first batch and the margin were chosen by the orders of seed 3.
+SEED: Final = 4
 STEPS: Final = 200
 LORA: Final[dict[str, Any]] = {"name": "lora", "r": 16}
 FULL_CHECKPOINTING: Final[dict[str, Any]] = {"activation_checkpointing": "full"}
@@ -67,11 +69,12 @@ Written by `python -m benchmarks.orders` (two minutes); [lengths.md](lengths.md)
 For each recipe {orders} random orders of batches, whose samples have {shortest} tokens to
 `seq_len`, as many short as long on a logarithmic scale. *Needed* is what the allocator cannot give
 back in its replay, as a multiple of the allocated peak: of batches all of one length, of a run
-whose first batch has three quarters of it, and of the orders. *Not covered* counts the orders that
+whose first batch has two thirds of it, and of the orders. *Not covered* counts the orders that
 need more than the larger of the two and {margin:.0%}; in brackets those above the first alone and
-{order:.0%}, which is what an estimate keeps where all batches have one length.
+{order:.0%}, which is what an estimate keeps where all batches have one length. The two thirds and
+the {margin:.0%} were chosen by another forty orders of the same recipes.
 
-| recipe | allocated | one length | first ¾ | orders: middle | 95 % | most | not covered |
+| recipe | allocated | one length | first ⅔ | orders: middle | 95 % | most | not covered |
 |---|---:|---:|---:|---:|---:|---:|---:|
 """
 
@@ -110,7 +113,7 @@ def survey(recipe: dict[str, Any]) -> Survey:
     b, s = request.micro_batch_size, request.seq_len
     allocated = engine.read(b, s, device.constants).allocated
     samples = [round(SHORTEST * (s / SHORTEST) ** (step / STEPS)) for step in range(STEPS + 1)]
-    random = Random(3)  # noqa: S311 - an order of samples, no secret
+    random = Random(SEED)  # noqa: S311 - an order of samples, no secret
     drawn = [history(samples, b, s, iter(random.random, None)) for _ in range(ORDERS)]
     pinned = [engine.blocks_under(b, s, device, earlier=order).pinned for order in drawn]
     words = [model.id.split("/")[-1], request.method.name, request.precision, f"{b} x {s}"]

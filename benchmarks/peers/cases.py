@@ -9,12 +9,9 @@ from typing import Any, Final, get_args
 
 from benchmarks.accuracy.comparison import answers
 from benchmarks.accuracy.published import Row
-from benchmarks.accuracy.recipes import ALPACA, ALPACA_CUT, COPIES, CUT_ROWS
+from benchmarks.accuracy.recipes import ALPACA, COPIES, longest_of_alpaca
 from benchmarks.peers.case import CannotExpressError, Case, Precision, Sharding
 from estimator.catalog import models
-
-# The longest sample of the first Alpaca with Llama 2's tokenizer; its cleaned data may have longer.
-LONGEST_OF_ALPACA: Final = 1304
 
 ALL_LINEAR: Final = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -122,10 +119,12 @@ def _fused(row: Row, config: Mapping[str, Any]) -> int | None:
 
 
 def seq_len(row: Row) -> int | None:
-    """Return the length: its field, or the longest sample of the source's data set."""
+    """Return the length: its field, or the longest sample of the source's data set.
+
+    One length is all that a peer takes; it is the longest of those that our answer is asked with.
+    """
     if row.seq_len is None and (row.seq_mode or "").startswith(ALPACA):
-        # One length is all that a peer takes, and these are what every peer was asked with.
-        return ALPACA_CUT if row.id.startswith(CUT_ROWS) else LONGEST_OF_ALPACA
+        return longest_of_alpaca(row)
     return row.seq_len
 
 

@@ -30,7 +30,7 @@ ADAPTER_SHARE: Final = 0.05
 batch frees, and only the very first batch is replayed as it comes."""
 
 
-FIRST_BATCH: Final = 0.75
+FIRST_BATCH: Final = 2 / 3
 """Length of the first batch as a share of the longest, where the lengths of samples are not known.
 
 The optimizer's states are made behind the first batch, among the blocks that it freed; those are
