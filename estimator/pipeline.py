@@ -285,6 +285,26 @@ class Engine:
         replays = self._replayed(micro_batch_size, seq_len, device, lengths)
         return max(1.0, max(each.pinned for each in replays) / reading.allocated)
 
+    def refused_share(
+        self, micro_batch_size: int, seq_len: int, device: Device, lengths: Lengths = ALIKE
+    ) -> float | None:
+        """Return None where it fits, else what the allocator cannot give back, as `share` does.
+
+        One replay with which it does not fit is enough; the one that is likely to need most is
+        made first.
+        """
+        at = (micro_batch_size, seq_len)
+        if self.eager is not None or lengths.samples:
+            fits = self.verdict(*at, device, lengths) == "fits"
+            return None if fits else self.share(*at, device, lengths)
+        reading = self.read(*at, device.constants)
+        for first in (self._first_batch(seq_len), None) if lengths.unknown else (None,):
+            found = self._replays(*at, device.constants.cublas_workspace, None, first)
+            share = max(1.0, found.pinned / reading.allocated)
+            if self.rough_verdict(*at, device, share, unknown=lengths.unknown) != "fits":
+                return share
+        return None
+
     def needed(
         self, micro_batch_size: int, seq_len: int, device: Device, lengths: Lengths = ALIKE
     ) -> Range:
@@ -318,11 +338,15 @@ class Engine:
         at, workspace = (micro_batch_size, seq_len), device.constants.cublas_workspace
         alike = self._replays(*at, workspace, None, None)
         if lengths.unknown:
-            first = max(1, round(FIRST_BATCH * seq_len))
-            return alike, self._replays(*at, workspace, None, first)
+            return alike, self._replays(*at, workspace, None, self._first_batch(seq_len))
         if not lengths.samples:
             return (alike,)
         return alike, *self._orders(*at, workspace, None, lengths.samples)
+
+    @staticmethod
+    def _first_batch(seq_len: int) -> int:
+        """Return the length of the first batch where lengths are not known [tokens]."""
+        return max(1, round(FIRST_BATCH * seq_len))
 
     def blocks(self, micro_batch_size: int, seq_len: int, device: Device) -> Blocks:
         """Replay the run through the caching allocator; the latest replays are kept."""

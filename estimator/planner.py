@@ -124,9 +124,11 @@ def limits(question: Question) -> Limits:
         lengths = _lengths_at_other_sizes(request)
         share = engine.share(b, s, device, lengths)
         batch = _largest_that_fits(
-            lambda n: _Size(engine, n, s, device, lengths), MAX_MICRO_BATCH_SIZE, share
+            lambda n: _Size(engine, n, s, device, lengths), b, MAX_MICRO_BATCH_SIZE, share
         )
-        length = _largest_that_fits(lambda n: _Size(engine, b, n, device, lengths), longest, share)
+        length = _largest_that_fits(
+            lambda n: _Size(engine, b, n, device, lengths), s, longest, share
+        )
     return Limits(
         max_micro_batch_size=batch,
         max_seq_len=length,
@@ -150,9 +152,9 @@ class _Size(NamedTuple):
     device: Device
     lengths: Lengths
 
-    def fits(self) -> bool:
-        """Say whether it fits, after a replay."""
-        return self.engine.verdict(*self[1:]) == "fits"
+    def refused_share(self) -> float | None:
+        """Return None where it fits after a replay, else what could not be given back then."""
+        return self.engine.refused_share(*self[1:])
 
     def roughly_fits(self, share: float) -> bool:
         """Say the same without one, as if so much could not be given back."""
@@ -163,25 +165,38 @@ class _Size(NamedTuple):
         return self.engine.share(*self[1:])
 
 
-def _largest_that_fits(size: Callable[[int], _Size], most: int, share: float) -> int:
-    """Return the largest number up to `most` of which a replay says that it fits.
+def _largest_that_fits(size: Callable[[int], _Size], asked: int, most: int, share: float) -> int:
+    """Return the largest number up to `most` of which a replay was seen to say that it fits.
 
-    Replays take long, so the edge is sought without them, with what the one at the last edge said;
-    it may move the edge either way, and in the end it may only move down.
+    Replays take long, so where to look next is sought without them, with what the last one said.
+    Such a guess is raised once before it is refused. Where it is belied by what is known to fit, or
+    leaves nothing, half of what was refused is looked at.
 
     Args:
-        share: what the allocator cannot give back, as a multiple of the allocated peak.
+        asked: the number that was asked for, which is replayed already.
+        share: what the allocator cannot give back there, as a multiple of the allocated peak.
     """
 
     def edge(share: float, most: int) -> int:
-        return _largest(lambda n: size(n).roughly_fits(share), most) if most else 0
+        return _largest(lambda n: size(n).roughly_fits(share), most) if most > 0 else 0
 
-    found = edge(share, most)
-    if found > 0:
-        found = max(found, edge(size(found).share(), most))
-    while found > 0 and not size(found).fits():
-        found = edge(size(found).share(), found - 1)
-    return found
+    # With nothing that cannot be given back but what is allocated.
+    most = edge(1.0, most)
+    fits, refused, raises = 0, most + 1, 2
+    aim = asked if asked <= most else edge(share, most) or most
+    while aim > fits:
+        found = size(aim).refused_share()
+        if found is not None:
+            refused, raises = aim, max(0, raises - 1)
+            aim = edge(found, refused - 1)
+            if aim <= fits:
+                aim, raises = refused // 2, 1
+        elif raises:
+            fits, raises = aim, raises - 1
+            aim = edge(size(aim).share(), refused - 1)
+        else:
+            return aim
+    return fits
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
@@ -259,7 +274,10 @@ def suggestions(question: Question) -> tuple[Suggestion, ...]:
         return ()
     rank = _most_saved if before.verdict in ("fits", "unknown") else _cheapest_that_fits
     first = sorted(_rough_suggestions(question), key=rank)[: SHOWN + SPARE]
-    return tuple(sorted((_checked(question, each) for each in first), key=rank)[:SHOWN])
+    checked = [_checked(question, each) for each in first[:SHOWN]]
+    if [rank(each) for each in checked] != [rank(each) for each in first[:SHOWN]]:
+        checked += (_checked(question, each) for each in first[SHOWN:])
+    return tuple(sorted(checked, key=rank)[:SHOWN])
 
 
 def _rough_suggestions(question: Question) -> Iterator[Suggestion]:
