@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec import structs
 
-from estimator.memory import replay
+from estimator.memory import recordings
 from estimator.pipeline import device_of, engine_for
 from estimator.request import parse_request
 from estimator.service import requested_gpu
@@ -49,14 +49,14 @@ def _shorter_first(monkeypatch, length):
 
 def _without_loading(monkeypatch):
     """Have a replay begin with the model as it stays; a dry run does not see how it was made."""
-    whole = replay.loading
+    whole = recordings.loading
 
     def loading(run):
         events = whole(run)
         gone = {event.serial for event in events if event.size is None}
         return [event for event in events if event.serial >= 0 and event.serial not in gone]
 
-    monkeypatch.setattr(replay, "loading", loading)
+    monkeypatch.setattr(recordings, "loading", loading)
 
 
 @pytest.mark.parametrize("first", [256, 768, 1023])
