@@ -105,8 +105,13 @@ def _case(row: Row, trainable: int | None) -> Case:
 
 def _trainable(rows: tuple[Row, ...]) -> dict[str, int]:
     """Return our counts of trainable parameters, as if every run were on one GPU."""
-    alone = [replace(row, parallelism={"kind": "none", "gpus": 1}) for row in rows]
-    answered = answers(row for row in alone if row.method == "lora").answered
+    # With a length, no orders of lengths are replayed, which takes long.
+    alone = (
+        replace(row, parallelism={"kind": "none", "gpus": 1}, seq_len=seq_len(row))
+        for row in rows
+        if row.method == "lora"
+    )
+    answered = answers(alone).answered
     return {each.row.id: each.result.parameters.trainable for each in answered}
 
 

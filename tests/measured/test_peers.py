@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import operator
 import types
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from functools import cache
 from statistics import median
 
 import pytest
@@ -24,9 +26,6 @@ from benchmarks.peers.stand_in_hub import stand_in_hub
 from benchmarks.peers.table import PEERS
 
 SCORED = tuple(row for row in measured() if row.scored)
-FOUND = comparisons(answers(measured()).answered)
-BOTH = tuple(each for each in pairs(FOUND) if each.ours is not None)
-KEYS = sorted({(each.peer, *each.group) for each in BOTH})
 CASES = {case.id: case for case in cases(SCORED)[0]}
 
 # Where a peer's median error is not above ours. Each line leaves when it is no longer true; none
@@ -41,17 +40,32 @@ EXCEPTIONS = {
 }
 
 
+@cache
+def our_answers():
+    """Return our answers to the published rows, which take a minute; tests are collected before."""
+    return comparisons(answers(measured()).answered)
+
+
+@cache
+def keys():
+    """Return every peer, source and meter with both answers, and the answers."""
+    both = [each for each in pairs(our_answers()) if each.ours is not None]
+    return {
+        key: [each for each in both if (each.peer, *each.group) == key]
+        for key in sorted({(each.peer, *each.group) for each in both})
+    }
+
+
 def medians(key: tuple[str, str, str]) -> tuple[float, float]:
     """Return our median error and the peer's."""
-    some = [each for each in BOTH if (each.peer, *each.group) == key]
+    some = keys()[key]
     ours = median(abs(each.ours.error) for each in some)
     return ours, median(abs(each.error) for each in some)
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key not in EXCEPTIONS], ids=", ".join)
-def test_our_median_error_is_lower_than_that_of_every_peer(key):
-    ours, theirs = medians(key)
-    assert ours < theirs
+def test_our_median_error_is_lower_than_that_of_every_peer():
+    higher = {key for key in keys() if not operator.lt(*medians(key))}
+    assert higher <= EXCEPTIONS
 
 
 @pytest.mark.parametrize("key", sorted(EXCEPTIONS), ids=", ".join)
@@ -83,9 +97,9 @@ def test_the_results_lie_in_order():
 
 
 def test_the_page_names_every_peer_and_every_meter_that_both_answer():
-    page = "\n".join(sections(FOUND))
+    page = "\n".join(sections(our_answers()))
     assert all(f"\n| {peer.name} | {peer.version} |" in page for peer in PEERS)
-    assert all(f"\n| {source} | {meter} |" in page for _, source, meter in KEYS)
+    assert all(f"\n| {source} | {meter} |" in page for _, source, meter in keys())
 
 
 def test_a_spread_keeps_the_sign_of_the_worst_and_of_the_mean():
@@ -141,7 +155,10 @@ def test_sixteen_bytes_are_what_the_zero_paper_prints(gpus, printed_gb):
 
 def test_twenty_bytes_are_what_deepspeed_estimates_without_sharding():
     adamw = [
-        each for each in BOTH if each.peer == "deepspeed" and each.row.parallelism["gpus"] == 1
+        each
+        for some in keys().values()
+        for each in some
+        if each.peer == "deepspeed" and each.row.parallelism["gpus"] == 1
     ]
     assert adamw
     assert all(each.theirs == twenty_bytes.answer(CASES[each.row.id]) for each in adamw)
