@@ -32,6 +32,9 @@ SHOTS = {
 
 def main() -> int:
     """Serve the page and take every picture of it."""
+    if not Path(CHROMIUM).exists():
+        print(f"there is no {CHROMIUM}; name a Chromium in CHROMIUM", file=sys.stderr)
+        return 2
     server = uvicorn.Server(uvicorn.Config(create_app(), port=0, log_level="error", ws="none"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:

@@ -100,6 +100,10 @@ class Reading(Struct, frozen=True):
     eager: int | None = None
     unpooled: int = 0
 
+    def share(self, replay: Blocks) -> float:
+        """Return what the allocator cannot give back, as a multiple of the allocated peak."""
+        return max(1.0, replay.pinned / self.allocated)
+
     def needed(
         self, widths: Ranges, work: Work, share: float = 1.0, *, unknown: bool = False
     ) -> Range:
@@ -283,7 +287,7 @@ class Engine:
         """Return what the allocator cannot give back, as a multiple of the allocated peak."""
         reading = self.read(micro_batch_size, seq_len, device.constants)
         replays = self._replayed(micro_batch_size, seq_len, device, lengths)
-        return max(1.0, max(each.pinned for each in replays) / reading.allocated)
+        return max(reading.share(each) for each in replays)
 
     def refused_share(
         self, micro_batch_size: int, seq_len: int, device: Device, lengths: Lengths = ALIKE
@@ -300,7 +304,7 @@ class Engine:
         reading = self.read(*at, device.constants)
         for first in (self._first_batch(seq_len), None) if lengths.unknown else (None,):
             found = self._replays(*at, device.constants.cublas_workspace, None, first)
-            share = max(1.0, found.pinned / reading.allocated)
+            share = reading.share(found)
             if self.rough_verdict(*at, device, share, unknown=lengths.unknown) != "fits":
                 return share
         return None
@@ -410,23 +414,13 @@ class Engine:
         lengths: Lengths = ALIKE,
     ) -> Range:
         """Return what the allocator holds at most: the least, the middle and the most of orders."""
+        at, workspace = (micro_batch_size, seq_len), device.constants.cublas_workspace
         if lengths.samples:
-            replays = self.in_orders(micro_batch_size, seq_len, device, lengths.samples)
+            replays = self._orders(*at, workspace, _left_to_tensors(device), lengths.samples)
         else:
-            replays = (self.blocks(micro_batch_size, seq_len, device),)
+            replays = (self.blocks(*at, device),)
         held = sorted(each.reserved for each in replays)
         return Range(held[0], held[len(held) // 2], held[-1])
-
-    def in_orders(
-        self,
-        micro_batch_size: int,
-        seq_len: int,
-        device: Device,
-        sample_lengths: tuple[int, ...],
-    ) -> tuple[Blocks, ...]:
-        """Replay some random orders of the samples; the latest replays are kept."""
-        workspace, capacity = device.constants.cublas_workspace, _left_to_tensors(device)
-        return self._orders(micro_batch_size, seq_len, workspace, capacity, sample_lengths)
 
     def _replay_orders(
         self,
@@ -436,6 +430,7 @@ class Engine:
         capacity: int | None,
         sample_lengths: tuple[int, ...],
     ) -> tuple[Blocks, ...]:
+        """Replay some random orders of the samples."""
         free: tuple[Blocks | None, ...] = (None,) * ORDERS
         if capacity is not None:
             free = self._orders(micro_batch_size, seq_len, workspace, None, sample_lengths)

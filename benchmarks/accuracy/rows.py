@@ -22,7 +22,7 @@ _ORDERS: Final = (
     "Batches have lengths of their own, and each that is longer than all before makes the\n"
     "allocator hold more, so that the order counts. The lengths are those of a part of the data\n"
     "(data/published/sample_lengths.json), the order is drawn; which one was run is not known.\n"
-    "The middle of 39 drawn orders is itself uncertain by about 0.7 %.\n"
+    "So the middle of those that are drawn is itself uncertain.\n"
 )
 
 # What is known about a whole source.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from estimator.dtypes import DType
 from estimator.memory.loading_parts import modules
@@ -25,12 +25,19 @@ def master_copies(run: Run) -> Iterator[tuple[str, int]]:
             yield f"{module.name}.{weight.name}.main_grad", _wide(weight)
 
 
+def is_first_group(shape: Sequence[object]) -> bool:
+    """Say whether the Trainer puts a tensor into its first group, that of matrices.
+
+    Source: hf-trainer, Trainer.create_optimizer.
+    """
+    return len(shape) > 1
+
+
 def _wide(weight: Weight) -> int:
     return weight.parameters * DType.FLOAT32.width
 
 
 def _updated(run: Run) -> Iterator[tuple[Module, Weight]]:
-    """Yield what the optimizer updates, matrices before vectors, as the Trainer groups them."""
+    """Yield what the optimizer updates, the Trainer's first group before its second."""
     found = [(module, each) for module in modules(run) for each in module.weights() if each.trained]
-    yield from (each for each in found if len(each[1].shape) >= 2)
-    yield from (each for each in found if len(each[1].shape) < 2)
+    yield from sorted(found, key=lambda each: not is_first_group(each[1].shape))

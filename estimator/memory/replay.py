@@ -7,7 +7,7 @@ step after it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Final, NamedTuple
 
 from msgspec import Struct, structs
@@ -26,14 +26,9 @@ from estimator.memory.caching_allocator import (
 from estimator.memory.clipping import clipping_temporaries
 from estimator.memory.hessian_pass import HESSIAN
 from estimator.memory.loading import LOADING
+from estimator.memory.master_copies import is_first_group
 from estimator.memory.optimizer_log import StepEvent
 from estimator.memory.recordings import Recordings
-from estimator.memory.standing import (
-    IMPORTANCE,
-    importance_sizes,
-    kept_states,
-    tensors_with_states,
-)
 from estimator.memory.trace import Recording
 from estimator.run import Run
 
@@ -55,10 +50,6 @@ class Blocks(Struct, frozen=True):
     requested: int
     pinned: int
     fits: bool = True
-
-
-# Dimensions of a matrix: the Trainer puts these into its first group.
-MATRIX: Final = 2
 
 
 class Turn(NamedTuple):
@@ -152,20 +143,6 @@ def _replayed(recordings: Recordings, turn: Turn, card: _Card, conditions: Condi
             replayer.pass_through("gradient clipping", clipping)
             replayer.update(() if prefix else update.later if number else update.first)
     return replayer.found()
-
-
-def first_states(run: Run) -> Iterator[tuple[str, int]]:
-    """Yield names and sizes of the optimizer's states, tensor by tensor, managed ones left out."""
-    kept = kept_states(run)
-    for each in tensors_with_states(run):
-        for _ in range(each.count):
-            yield from (
-                (f"{each.name}.{state.name}", state.bytes(each))
-                for state in kept
-                if not state.managed(each)
-            )
-    for name, size, count in importance_sizes(run):
-        yield from ((f"{name}.{score}", size) for _ in range(count) for score in IMPORTANCE)
 
 
 class _Calls(NamedTuple):
@@ -309,9 +286,9 @@ class _Replayer:
         optimizer = self.run.optimizer
         if not optimizer.master_weights or optimizer.main_gradients:
             return []
-        # Backward ends with the first layer; the Trainer's group of matrices is the first one.
+        # Backward ends with the first layer.
         halves = [each for each in reversed(self.gradients) if each[1].dtype.is_half]
-        halves.sort(key=lambda each: len(each[1].shape) < MATRIX)
+        halves.sort(key=lambda each: not is_first_group(each[1].shape))
         for serial, kind in halves:
             self.allocator.take(("copy", serial), elements(kind.shape)[0] * DType.FLOAT32.width)
             self.allocator.free(serial)

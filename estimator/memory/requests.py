@@ -13,8 +13,13 @@ from estimator.eager.tensor import Regime
 from estimator.memory.caching_allocator import round_size
 from estimator.memory.clipping import clipping_temporaries
 from estimator.memory.loading import LOADING, added, gradients_there, loading
-from estimator.memory.replay import first_states
-from estimator.memory.standing import step_temporaries
+from estimator.memory.standing import (
+    IMPORTANCE,
+    importance_sizes,
+    kept_states,
+    step_temporaries,
+    tensors_with_states,
+)
 from estimator.memory.trace import Recording, record
 from estimator.run import Run
 
@@ -67,7 +72,7 @@ def requests(run: Run, regime: Regime, at: Polynomial, workspaces: int) -> Itera
             turn, "gradient clipping", "norms of gradients", clipping_temporaries(run), left
         )
         if turn == "first step":
-            for name, size in first_states(run):
+            for name, size in _first_states(run):
                 yield Request(turn, "optimizer step", name, size, left)
                 left += _block(size)
                 total += _block(size)
@@ -105,3 +110,17 @@ def _temporaries(
 
 def _block(size: int) -> int:
     return round_size(size) if size else 0
+
+
+def _first_states(run: Run) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of the optimizer's states, tensor by tensor, managed ones left out."""
+    kept = kept_states(run)
+    for each in tensors_with_states(run):
+        for _ in range(each.count):
+            yield from (
+                (f"{each.name}.{state.name}", state.bytes(each))
+                for state in kept
+                if not state.managed(each)
+            )
+    for name, size, count in importance_sizes(run):
+        yield from ((f"{name}.{score}", size) for _ in range(count) for score in IMPORTANCE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import types
 import urllib.error
 import urllib.request
@@ -47,7 +46,7 @@ def our_answers():
 
 
 @cache
-def keys():
+def answered_by_both():
     """Return every peer, source and meter with both answers, and the answers."""
     both = [each for each in pairs(our_answers()) if each.ours is not None]
     return {
@@ -58,14 +57,14 @@ def keys():
 
 def medians(key: tuple[str, str, str]) -> tuple[float, float]:
     """Return our median error and the peer's."""
-    some = keys()[key]
+    some = answered_by_both()[key]
     ours = median(abs(each.ours.error) for each in some)
     return ours, median(abs(each.error) for each in some)
 
 
 def test_our_median_error_is_lower_than_that_of_every_peer():
-    higher = {key for key in keys() if not operator.lt(*medians(key))}
-    assert higher <= EXCEPTIONS
+    found = {key: medians(key) for key in answered_by_both()}
+    assert {key for key, (ours, theirs) in found.items() if not ours < theirs} <= EXCEPTIONS
 
 
 @pytest.mark.parametrize("key", sorted(EXCEPTIONS), ids=", ".join)
@@ -99,7 +98,7 @@ def test_the_results_lie_in_order():
 def test_the_page_names_every_peer_and_every_meter_that_both_answer():
     page = "\n".join(sections(our_answers()))
     assert all(f"\n| {peer.name} | {peer.version} |" in page for peer in PEERS)
-    assert all(f"\n| {source} | {meter} |" in page for _, source, meter in keys())
+    assert all(f"\n| {source} | {meter} |" in page for _, source, meter in answered_by_both())
 
 
 def test_a_spread_keeps_the_sign_of_the_worst_and_of_the_mean():
@@ -156,7 +155,7 @@ def test_sixteen_bytes_are_what_the_zero_paper_prints(gpus, printed_gb):
 def test_twenty_bytes_are_what_deepspeed_estimates_without_sharding():
     adamw = [
         each
-        for some in keys().values()
+        for some in answered_by_both().values()
         for each in some
         if each.peer == "deepspeed" and each.row.parallelism["gpus"] == 1
     ]
